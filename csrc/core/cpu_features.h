@@ -10,32 +10,32 @@ namespace sparse_engine {
 enum class Isa { portable = 0, avx2 = 1, avx512 = 2 };
 
 struct CpuInfo {
-  std::string vendor;  // "GenuineIntel", "AuthenticAMD", or "" where unknown
-  std::string model;   // the marketing name, or "unknown"
+    std::string vendor;  // "GenuineIntel", "AuthenticAMD", or "" where unknown
+    std::string model;   // the marketing name, or "unknown"
 
-  // True only where the processor has the instructions and the operating system saves the registers they use.
-  bool avx = false;
-  bool avx2 = false;
-  bool fma = false;
-  bool f16c = false;
-  bool avx512f = false;
-  bool avx512bw = false;
-  bool avx512dq = false;
-  bool avx512vl = false;
-  bool avx512_vnni = false;
-  bool avx512_bf16 = false;
+    // True only where the processor has the instructions and the operating system saves the registers they use.
+    bool avx = false;
+    bool avx2 = false;
+    bool fma = false;
+    bool f16c = false;
+    bool avx512f = false;
+    bool avx512bw = false;
+    bool avx512dq = false;
+    bool avx512vl = false;
+    bool avx512_vnni = false;
+    bool avx512_bf16 = false;
 
-  // Bytes, of one instance of the data or unified cache that the first core sees; 0 where unknown.
-  std::size_t l1d_bytes = 0;
-  std::size_t l2_bytes = 0;
-  std::size_t l3_bytes = 0;
-  std::size_t cache_line_bytes = 64;
+    // Bytes, of one instance of the data or unified cache that the first core sees; 0 where unknown.
+    std::size_t l1d_bytes = 0;
+    std::size_t l2_bytes = 0;
+    std::size_t l3_bytes = 0;
+    std::size_t cache_line_bytes = 64;
 
-  int logical_cpus = 1;    // that the machine has
-  int physical_cores = 1;  // among the ones this process may use
-  int available_cpus = 1;  // that this process may use at once: affinity and container quota, rounded up
+    int logical_cpus = 1;    // that the machine has
+    int physical_cores = 1;  // among the ones this process may use
+    int available_cpus = 1;  // that this process may use at once: affinity and container quota, rounded up
 
-  Isa best_isa = Isa::portable;
+    Isa best_isa = Isa::portable;
 };
 
 // Detected once; the same object for the life of the process.
