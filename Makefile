@@ -48,16 +48,18 @@ help:
 setup: $(STAMP)
 
 $(STAMP): $(SETUP_FILES)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sparse_engine needs Python 3.11 or newer; set PYTHON=python3.11")'
-	$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) setuptools wheel pybind11 cmake ninja
-	SPARSE_ENGINE_SKIP_BUILD=1 $(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) --no-build-isolation \
+	@echo "Setting up $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sparse_engine needs Python 3.11 or newer; set PYTHON=python3.11")'
+	@$(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) "setuptools>=77.0.3" pybind11 cmake ninja
+	@SPARSE_ENGINE_SKIP_BUILD=1 $(BIN)/python -m pip install -q -c constraints.txt $(PIP_ARGS) --no-build-isolation \
 	    -e '.[triton,report,demo,test,bench,lint,build]'
-	rm -f $(VENV)/.setup-of-*
-	touch $@
+	@rm -f $(VENV)/.setup-of-*
+	@touch $@
 
 $(RELEASE)/build.ninja: CMakeLists.txt | $(STAMP)
-	$(CONFIGURE) -B $(RELEASE) -DSE_OUTPUT_DIR=$(CURDIR)/sparse_engine -DSE_BUILD_TESTS=ON > $(RELEASE).log 2>&1 || { cat $(RELEASE).log; exit 1; }
+	@mkdir -p build
+	@$(CONFIGURE) -B $(RELEASE) -DSE_OUTPUT_DIR=$(CURDIR)/sparse_engine -DSE_BUILD_TESTS=ON > $(RELEASE).log 2>&1 || { cat $(RELEASE).log; exit 1; }
 	@grep -E 'sparse_engine:' $(RELEASE).log || true
 	@touch $@
 
