@@ -1,7 +1,8 @@
 """Packed weights: a small integer *pattern* built once, and the kept *values* as one contiguous 1-D tensor.
 
-The pattern says which cells of a grid are kept. The grid is the weight's matrix (`weight.reshape(M, -1)`) cut into the structure's blocks;
-for everything but `Block` a cell is one weight. It is stored in whichever of these codings is smallest for the tensor at hand:
+The pattern says which cells of a grid are kept. The grid is the weight's matrix (`weight.reshape(M, -1)`) cut into the
+structure's blocks; for everything but `Block` a cell is one weight. It is stored in whichever of these codings is
+smallest for the tensor at hand:
 
 | coding | holds | bytes |
 | --- | --- | --- |
@@ -11,8 +12,8 @@ for everything but `Block` a cell is one weight. It is stored in whichever of th
 | `index16`, `index32` | kept cells per row, and the column of each | 2 or 4 per kept cell, and 1 to 4 per row |
 | `channels` | the kept rows and input channels (structure `Channel` only) | 2 or 4 per channel |
 
-Values lie row-major over the kept weights; for `Block` block by block, each block row-major and padded with zeros where the matrix's edge cuts
-it; for `Channel` as the dense matrix of kept rows and columns.
+Values lie row-major over the kept weights; for `Block` block by block, each block row-major and padded with zeros where
+the matrix's edge cuts it; for `Channel` as the dense matrix of kept rows and columns.
 """
 
 import math
@@ -42,7 +43,7 @@ _LARGEST_COUNT = 2**31 - 1
 
 
 class CSR(NamedTuple):
-    """A packed weight as a compressed-row matrix: entry i has value `values[order[i]]`, or `values[i]` where `order` is None."""
+    """A packed weight in compressed rows: entry i has value `values[order[i]]`, or `values[i]` where order is None."""
 
     row_ptr: torch.Tensor  # int64 [M + 1]
     cols: torch.Tensor  # int32 [nnz], ascending in each row
@@ -109,13 +110,14 @@ class PackedWeight:
 
         Args:
             weight: (M, ...) of two or more dimensions; float32, float16, bfloat16 or float64.
-            mask: bool tensor of the same shape, True = kept. Without one everything but exact zeros is kept (−0.0 is a zero), and zeros inside
-                a kept block or channel are stored like any other value.
+            mask: bool tensor of the same shape, True = kept. Without one everything but exact zeros is kept (−0.0 is a
+                zero), and zeros inside a kept block or channel are stored like any other value.
             structure: found by `sparse_engine.structure.detect` when not given.
             bias: (M,) to carry along.
 
         Returns:
-            The packed weight, with values on the weight's device. Kept values come back bit for bit, NaN and infinities included.
+            The packed weight, with values on the weight's device. Kept values come back bit for bit, NaN and infinities
+            included.
 
         Raises:
             StructureError: when weight, mask and structure do not fit together.
@@ -238,8 +240,8 @@ class PackedWeight:
 
     def __repr__(self) -> str:
         return (
-            f"PackedWeight({self.structure}, shape={self.shape}, sparsity={self.sparsity:.4f}, coding={self.coding}, {self.dtype}, "
-            f"{self.nbytes} of {self.dense_nbytes} bytes)"
+            f"PackedWeight({self.structure}, shape={self.shape}, sparsity={self.sparsity:.4f}, coding={self.coding}, "
+            f"{self.dtype}, {self.nbytes} of {self.dense_nbytes} bytes)"
         )
 
     # -- views ---------------------------------------------------------------------------------------------------------
@@ -267,7 +269,8 @@ class PackedWeight:
             tensor([1, 0], dtype=torch.int32)
 
         Returns:
-            `CSR(row_ptr int64 [M + 1], cols int32 [nnz], order int64 [nnz] or None)`: entry i has value `values[order[i]]`.
+            `CSR(row_ptr int64 [M + 1], cols int32 [nnz], order int64 [nnz] or None)`: entry i has value
+            `values[order[i]]`.
         """
         flat, source = self._flat_indices()
         rows, cols = numpy.divmod(flat, max(self.columns, 1))
@@ -277,9 +280,10 @@ class PackedWeight:
         return CSR(torch.from_numpy(row_ptr), torch.from_numpy(cols.astype(numpy.int32)), order)
 
     def blocks(self) -> CSR:
-        """Return the pattern's grid in compressed block rows (the kept cells of `grid`); without padding removed and without an order.
+        """Return the kept cells of `grid` in compressed block rows; cells cut by the edge count as whole ones.
 
-        Value j of cell i is `values[i * block_rows * block_cols + j]`, through `self.order` where that is set. For `Channel` a cell is one weight.
+        Value j of cell i is `values[i * block_rows * block_cols + j]`, through `self.order` where that is set. For
+        `Channel` a cell is one weight.
         """
         if isinstance(self.structure, Channel):
             row_ptr, cols, _ = self._replace(order=None).csr()
@@ -323,7 +327,7 @@ class PackedWeight:
         return PackedWeight(structure, shape, coding, pattern, self.values, None, order)
 
     def with_values(self, values: torch.Tensor) -> "PackedWeight":
-        """Return the same pattern over other values (any float dtype and device; the tensor itself is kept, not copied).
+        """Return the same pattern over other values (any float dtype and device; the tensor is kept, not copied).
 
         Args:
             values: contiguous (values.numel(),) tensor in this weight's order.
@@ -342,7 +346,7 @@ class PackedWeight:
         return self._replace(bias=bias)
 
     def gather(self, dense: torch.Tensor) -> torch.Tensor:
-        """Read a dense tensor of this weight's shape at the pattern, in the order of `values`; zeros where a block is padded."""
+        """Read a dense tensor of this weight's shape at the pattern, in the order of `values`; padding is zero."""
         if tuple(dense.shape) != self.shape:
             raise ShapeError(f"got a tensor of shape {tuple(dense.shape)} for a pattern of shape {self.shape}")
         return self._gather(dense)
@@ -465,7 +469,7 @@ class PackedWeight:
         return rows, (channels[:, None] * taps + numpy.arange(taps)[None, :]).reshape(-1)
 
     def _flat_indices(self) -> tuple[numpy.ndarray, numpy.ndarray | None]:
-        """Matrix positions of all kept weights in row-major order, and where in `values` each lies (None: at the same place)."""
+        """Matrix positions of all kept weights, row-major, and where in `values` each lies (None: in order)."""
         source: numpy.ndarray | None = None
         if isinstance(self.structure, Channel):
             rows, cols = self._channel_lists()
@@ -486,7 +490,8 @@ class PackedWeight:
         cols = cell_cols[:, None, None] * block_cols + numpy.arange(block_cols)[None, None, :]
         inside = ((rows < self.rows) & (cols < self.columns)).reshape(-1)
         flat = (rows * self.columns + cols).reshape(-1)
-        # Only the last block of a block row can be cut, so the place of an entry in its row is the number of blocks before it.
+        # Only the last block of a block row can be cut, so the place of an entry in its row is the number of blocks
+        # before it.
         widths = numpy.minimum(block_cols, self.columns - cell_cols * block_cols)
         entries = numpy.zeros(self.rows + 1, dtype=numpy.int64)
         per_block_row = numpy.bincount(cell_rows, weights=widths, minlength=self.grid[0]).astype(numpy.int64)
@@ -622,7 +627,8 @@ def _decode_checked(
             counts = pattern["counts"].numpy().astype(numpy.int64)
         if len(counts) != grid[0] or counts.min(initial=0) < 0 or counts.sum() != len(cols):
             raise FileFormatError(
-                f"packed weight: counts for {len(counts)} rows with sum {counts.sum()}; {grid[0]} rows and {len(cols)} expected"
+                f"packed weight: counts for {len(counts)} rows with sum {counts.sum()}; {grid[0]} rows and {len(cols)} "
+                f"expected"
             )
         if len(cols) and (cols.min() < 0 or cols.max() >= grid[1]):
             raise FileFormatError(

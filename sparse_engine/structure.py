@@ -1,7 +1,7 @@
 """What is kept together: the value objects that name a sparsity structure.
 
-Every structure looks at a weight as a matrix of `weight.shape[0]` rows (outputs) and `weight[0].numel()` columns (inputs; for a
-convolution (channel, tap) pairs, channel-major). Example:
+Every structure looks at a weight as a matrix of `weight.shape[0]` rows (outputs) and `weight[0].numel()` columns
+(inputs; for a convolution (channel, tap) pairs, channel-major). Example:
 
     >>> from sparse_engine.structure import Block, Structure
     >>> Structure.parse("block(4, 1)") == Block((4, 1))
@@ -25,7 +25,7 @@ __all__ = ["NM", "Block", "Channel", "FanIn", "Structure", "Unstructured", "dete
 
 
 class Structure:
-    """Base of the five structures; compare them with `==`, print them with `str`, read them back with `Structure.parse`."""
+    """Base of the five structures: compare with `==`, print with `str`, read back with `Structure.parse`."""
 
     name: ClassVar[str]
 
@@ -38,7 +38,8 @@ class Structure:
             NM(n=2, m=4)
 
         Args:
-            text: "unstructured", "block(rows, cols)", "nm(n, m)" (or "n:m"), "fan_in(k)" or "channel"; a structure is returned as it is.
+            text: "unstructured", "block(rows, cols)", "nm(n, m)" (or "n:m"), "fan_in(k)" or "channel"; a structure is
+                returned as it is.
 
         Raises:
             StructureError: when the text names no structure.
@@ -103,7 +104,7 @@ class Unstructured(Structure):
 
 @dataclass(frozen=True)
 class Block(Structure):
-    """Rectangles of `shape = (rows, cols)` are kept or removed as a whole; a block at the edge may be cut by the matrix."""
+    """Rectangles of `shape = (rows, cols)` are kept or removed as a whole; the matrix's edge may cut a block."""
 
     name: ClassVar[str] = "block"
     shape: tuple[int, int]
@@ -125,15 +126,17 @@ class Block(Structure):
         row, col = (int(index) for index in numpy.argwhere(partly)[0])
         rows, cols = self.shape
         raise StructureError(
-            f"mask of shape {shape} does not fit {self}: {int(partly.sum())} of {partly.size} blocks are partly kept, the first at rows "
-            f"{row * rows}..{min((row + 1) * rows, kept.shape[0]) - 1}, columns {col * cols}..{min((col + 1) * cols, kept.shape[1]) - 1} of the "
+            f"mask of shape {shape} does not fit {self}: {int(partly.sum())} of {partly.size} blocks are partly kept, "
+            f"the first at rows "
+            f"{row * rows}..{min((row + 1) * rows, kept.shape[0]) - 1}, columns "
+            f"{col * cols}..{min((col + 1) * cols, kept.shape[1]) - 1} of the "
             f"{kept.shape[0]} x {kept.shape[1]} matrix; prune by whole blocks, or use Unstructured()"
         )
 
 
 @dataclass(frozen=True)
 class NM(Structure):
-    """At most `n` weights are kept in each group of `m` consecutive columns of a row; the last group of a row may be shorter."""
+    """At most `n` weights are kept in each group of `m` consecutive columns; a row's last group may be shorter."""
 
     name: ClassVar[str] = "nm"
     n: int
@@ -153,9 +156,10 @@ class NM(Structure):
             return
         row, group = (int(index) for index in numpy.argwhere(over)[0])
         raise StructureError(
-            f"mask of shape {shape} does not fit {self}: {int(over.sum())} of {over.size} groups of {self.m} columns keep more than {self.n}, "
-            f"the first in row {row}, columns {group * self.m}..{min((group + 1) * self.m, kept.shape[1]) - 1} ({int(counts[row, group])} kept); "
-            f"prune to {self.n} of {self.m}, or use Unstructured()"
+            f"mask of shape {shape} does not fit {self}: {int(over.sum())} of {over.size} groups of {self.m} columns "
+            f"keep more than {self.n}, "
+            f"the first in row {row}, columns {group * self.m}..{min((group + 1) * self.m, kept.shape[1]) - 1} "
+            f"({int(counts[row, group])} kept); prune to {self.n} of {self.m}, or use Unstructured()"
         )
 
 
@@ -178,7 +182,8 @@ class FanIn(Structure):
         wrong = numpy.flatnonzero(counts != self.k)
         if len(wrong):
             raise StructureError(
-                f"mask of shape {shape} does not fit {self}: {len(wrong)} of {kept.shape[0]} rows do not keep exactly {self.k}, the first is "
+                f"mask of shape {shape} does not fit {self}: {len(wrong)} of {kept.shape[0]} rows do not keep exactly "
+                f"{self.k}, the first is "
                 f"row {int(wrong[0])} with {int(counts[wrong[0]])}; keep {self.k} in every row, or use Unstructured()"
             )
 
@@ -197,7 +202,8 @@ class Channel(Structure):
         missing = len(rows) * len(cols) - int(numpy.count_nonzero(kept))
         if missing:
             raise StructureError(
-                f"mask of shape {shape} does not fit {self}: {missing} weights are removed inside the {len(rows)} output channels and "
+                f"mask of shape {shape} does not fit {self}: {missing} weights are removed inside the {len(rows)} "
+                f"output channels and "
                 f"{len(cols)} input columns that are kept; remove whole channels, or use Unstructured()"
             )
 
@@ -212,7 +218,8 @@ _MINIMUM_ROWS = 8
 
 # Powers of two, largest first, so that the coarsest block that explains the zeros is the one named.
 _BLOCK_CANDIDATES = (
-    (64, 64), (32, 32), (16, 16), (8, 8), (64, 1), (32, 1), (4, 4), (16, 1), (1, 16), (8, 1), (1, 8), (2, 2), (4, 1), (1, 4), (2, 1), (1, 2),
+    (64, 64), (32, 32), (16, 16), (8, 8), (64, 1), (32, 1), (4, 4), (16, 1), (1, 16), (8, 1), (1, 8), (2, 2),
+    (4, 1), (1, 4), (2, 1), (1, 2),
 )  # fmt: skip
 _NM_CANDIDATES = ((1, 2), (2, 4), (1, 4), (4, 8), (2, 8), (1, 8), (8, 16), (4, 16), (2, 16), (1, 16), (2, 32), (1, 32))
 
@@ -230,8 +237,8 @@ def detect(weight: torch.Tensor) -> Structure:
         weight: the dense weight, (M, ...) with its exact zeros, or a bool mask of that shape.
 
     Returns:
-        `Channel`, `Block`, `NM`, `FanIn` or, when none of them explains at least nine tenths of both what is kept and what is removed,
-        `Unstructured`.
+        `Channel`, `Block`, `NM`, `FanIn` or, when none of them explains at least nine tenths of both what is kept and
+        what is removed, `Unstructured`.
 
     Raises:
         StructureError: for a tensor of fewer than two dimensions.
@@ -267,7 +274,7 @@ def detect(weight: torch.Tensor) -> Structure:
 
 
 def block_occupancy(kept: numpy.ndarray, shape: tuple[int, int]) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Return two bool grids (block rows, block cols): blocks kept in full (as far as inside the matrix), and blocks with anything kept."""
+    """Return two bool grids (block rows, block cols): blocks kept in full, and blocks with anything kept."""
     if kept.size == 0:
         grid = (-(-kept.shape[0] // shape[0]), -(-kept.shape[1] // shape[1]))
         return numpy.ones(grid, dtype=bool), numpy.zeros(grid, dtype=bool)
@@ -299,7 +306,7 @@ def channel_indices(kept: numpy.ndarray, shape: tuple[int, ...]) -> tuple[numpy.
 
 
 def _block_pyramid(kept: numpy.ndarray) -> Iterator[tuple[tuple[int, int], numpy.ndarray]]:
-    """Yield each candidate block that fits the matrix with its occupancy grid; every grid is made by halving a finer one."""
+    """Yield each candidate block that fits the matrix with its occupancy grid, made by halving a finer one."""
     by_rows = {1: kept}
     while max(by_rows) * 2 <= min(64, kept.shape[0]):
         by_rows[max(by_rows) * 2] = _halve(by_rows[max(by_rows)], axis=0)
