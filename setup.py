@@ -51,7 +51,7 @@ def extensions() -> list[Extension]:
 
 
 def packages() -> tuple[list[str], dict[str, str]]:
-    """Every package to install, and where the ones lie that are not where their name says: kernels/ becomes sparse_engine.kernels."""
+    """The packages to install, and the folders of those that lie elsewhere: kernels/ becomes sparse_engine.kernels."""
     names = find_packages(str(ROOT), include=["sparse_engine", "sparse_engine.*"])
     folders: dict[str, str] = {}
     if (ROOT / "kernels" / "__init__.py").exists():

@@ -6,7 +6,8 @@ Example:
     >>> executable = se.convert(se.squash_(model), (x,))       # doctest: +SKIP
     >>> print(executable.report)                               # doctest: +SKIP
 
-Importing the package is cheap: nothing below is loaded before it is used, and neither a compiled extension, nor triton, nor a GPU is needed to import it.
+Importing the package is cheap: nothing below is loaded before it is used, and neither a compiled extension, nor triton,
+nor a GPU is needed to import it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,22 @@ _NAMES = {
     "sparsify_": "nn",
     "squash_": "prune",
 }
-_PACKAGES = ("cli", "convert", "coreset", "distill", "errors", "io", "kernels", "nn", "ops", "packed", "prune", "report", "structure", "train")
+_PACKAGES = (
+    "cli",
+    "convert",
+    "coreset",
+    "distill",
+    "errors",
+    "io",
+    "kernels",
+    "nn",
+    "ops",
+    "packed",
+    "prune",
+    "report",
+    "structure",
+    "train",
+)
 
 __all__ = [
     "NM",

@@ -1,8 +1,8 @@
-"""What makes ``import sparse_engine`` cheap: names are looked up when first used, and packages named after their main function can be called.
+"""What stands behind the package's public names: packages that can be called, and kernels found in a checkout.
 
-``se.prune`` is a package and the function one calls; ``se.convert`` likewise. Python sets the package as an attribute of ``sparse_engine`` whenever any
-module below it is imported, so which of the two ``se.prune`` means would depend on the order of imports. Here it is always the package, and calling the
-package calls its function of the same name.
+``se.prune`` is a package and the function one calls; ``se.convert`` likewise. Python sets the package as an attribute
+of ``sparse_engine`` whenever any module below it is imported, so which of the two ``se.prune`` means would depend on
+the order of imports. Here it is always the package, and calling the package calls its function of the same name.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class CallablePackage(ModuleType):
 
 
 class Face(ModuleType):
-    """The module type of ``sparse_engine`` itself: it makes the packages in `CALLABLE_PACKAGES` callable as they are imported."""
+    """The type of the module ``sparse_engine``: makes each of `CALLABLE_PACKAGES` callable as it is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in CALLABLE_PACKAGES and isinstance(value, ModuleType):
@@ -42,13 +42,15 @@ class Face(ModuleType):
 
 
 class _CheckoutKernels:
-    """Finds ``sparse_engine.kernels`` in the top-level folder ``kernels/`` of a checkout, where no installation has put it inside the package."""
+    """Finds ``sparse_engine.kernels`` in the folder ``kernels/`` of a checkout, where it is not inside the package."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
         self.folder = folder
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname != self.name:
             return None
         return importlib.util.spec_from_file_location(

@@ -1,7 +1,7 @@
 """The exceptions that sparse_engine raises for bad input.
 
-Every one of them is a `SparseEngineError`, which is a `ValueError`, so that one ``except`` catches them all. A message names what was given, with its
-numbers, and the way out.
+Every one of them is a `SparseEngineError`, which is a `ValueError`, so that one ``except`` catches them all. A message
+names what was given, with its numbers, and the way out.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class BackendError(SparseEngineError):
 
 
 class PruneError(SparseEngineError):
-    """A pruning request that cannot be met: a sparsity out of range, a layer that is not there, a criterion without its data."""
+    """A pruning request that cannot be met: a sparsity out of range, an unknown layer, a criterion without its data."""
 
 
 class ConvertError(SparseEngineError):

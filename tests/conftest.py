@@ -24,7 +24,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _poison_new_memory() -> None:
-    """Makes malloc fill what it hands out with 0x7f bytes (3.4e38 as a float), so that a kernel which leaves an output unwritten is seen."""
+    """Makes malloc fill what it hands out with 0x7f bytes (3.4e38 as a float), so that a kernel which leaves an output
+    unwritten is seen.
+    """
     try:
         ctypes.CDLL(None).mallopt(-6, 0x80)  # M_PERTURB; new memory gets the complement of the byte
     except (OSError, AttributeError):
@@ -53,7 +55,9 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real data sets and checkpoints that $SPARSE_ENGINE_DATA names; tests that ask for it run only where it is set."""
+    """The folder of real data sets and checkpoints that $SPARSE_ENGINE_DATA names; tests that ask for it run only
+    where it is set.
+    """
     folder = Path(os.environ["SPARSE_ENGINE_DATA"])
     assert folder.is_dir(), f"SPARSE_ENGINE_DATA is {folder}, which is not a folder"
     return folder

@@ -1,4 +1,4 @@
-"""What tests of every part share: comparison with a double-precision reference, and outputs that show when they were not written."""
+"""What tests of every part share: comparison with a float64 reference, and outputs that show when nobody wrote them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def assert_close_to_fp64(
 
     Args:
         actual: what the code under test returned, of any dtype.
-        reference: the same computed in float64 (float32 inputs widened first), of the same shape. Its infinities and NaNs must be met exactly.
+        reference: the same computed in float64 (float32 inputs widened first), of the same shape. Its infinities and
+            NaNs must be met exactly.
         bound: allowed error as a fraction of the reference's scale. 1e-5 is the project's bound for float32.
         name: what to call it in the message.
     """
@@ -36,7 +37,8 @@ def assert_close_to_fp64(
     scale = float(reference[finite].abs().max())
     worst = float("inf") if bool(error.isnan().any()) else float(error.max())
     assert worst <= bound * scale, (
-        f"{name}: largest error {worst:.3g} is {worst / scale if scale else float('inf'):.3g} of the scale {scale:.3g}; the bound is {bound:.3g}; "
+        f"{name}: largest error {worst:.3g}, which is {worst / scale if scale else float('inf'):.3g} of the scale "
+        f"{scale:.3g}; the bound is {bound:.3g}; "
         f"{int((~(error <= bound * scale)).sum())} of {error.numel()} elements are outside"
     )
 
