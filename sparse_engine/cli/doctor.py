@@ -44,7 +44,7 @@ def _print(found: Environment) -> None:
 
     if found.variables:
         variables = table("Environment variables that matter", "", "")
-            for name, value in found.variables.items():
+        for name, value in found.variables.items():
             variables.add_row(name, escape(value))
         screen.print(variables)
 
