@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,8 +25,10 @@ class Batch:
     Args:
         inputs: what the model is called with, first dimension N.
         targets: labels, int64 [N] (or whatever the loss takes).
-        indices: int64 [N], the position of each sample in its data set; prediction tables and per-sample scores need it.
-        pair_inputs: for each sample another one of the same class, same shape as ``inputs`` (class-wise self-distillation).
+        indices: int64 [N], the position of each sample in its data set; prediction tables and per-sample scores need
+            it.
+        pair_inputs: for each sample another one of the same class, same shape as ``inputs`` (class-wise
+            self-distillation).
         second_view: a second augmentation of the same samples, same shape as ``inputs`` (last-batch self-distillation).
         weights: float [N], a factor on each sample's loss (rescaling samplers).
     """
@@ -51,38 +53,9 @@ class Batch:
         return len(self.targets)
 
 
-class Objective(Protocol):
-    """A loss with its state: called with the forward function (so that a criterion can substitute weights) and a batch."""
-
-    def __call__(self, forward: Forward, batch: Batch) -> Tensor:
-        """The scalar loss of the batch."""
-
-
-class Supervised:
-    """A plain loss of (outputs, targets) as an objective.
-
-    Example::
-
-        objective = Supervised(torch.nn.functional.cross_entropy)
-        objective(model, batch).backward()
-
-    Args:
-        loss: callable of (outputs, targets) returning a scalar; cross entropy by default.
-    """
-
-    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
-        self.loss = loss or torch.nn.functional.cross_entropy
-
-    def __call__(self, forward: Forward, batch: Batch) -> Tensor:
-        outputs = forward(batch.inputs)
-        if batch.weights is None:
-            return self.loss(outputs, batch.targets)
-        per_sample = self.loss(outputs, batch.targets, reduction="none")  # type: ignore[call-arg]
-        return (per_sample * batch.weights).sum() / len(batch)
-
-
 def as_batch(item: Any) -> Batch:
-    """A Batch from what data loaders yield: a Batch, (inputs, targets), (inputs, targets, indices) or {"inputs": …, "targets": …}.
+    """A Batch from what data loaders yield: a Batch, (inputs, targets), (inputs, targets, indices) or {"inputs": …,
+    "targets": …}.
 
     Raises:
         SparseEngineError: for anything else.

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_engine.distill.batch import Objective, Supervised
+from sparse_engine.distill.objectives import Objective, as_objective
 from sparse_engine.errors import PruneError
-from sparse_engine.structure import FanIn, NM, Structure, Unstructured
+from sparse_engine.structure import NM, FanIn, Structure, Unstructured
 
 from .criteria import Criterion, Evidence, criterion_named
 from .distribution import layer_counts
-from .masks import Ignore, apply_masks_, masks, prunable_weights, set_masks
+from .masks import Ignore, masks, prunable_weights, set_masks
 from .report import PruneReport, sparsity_report
 from .schedule import Iterative, OneShot, Schedule
 from .select import select, structure_counts
@@ -45,23 +45,27 @@ def prune(
                           ignore=["conv1", "re:.*head"])
         print(report)
 
-    The parameters keep their identity, so an optimiser made before stays valid; :func:`hold_masks` keeps the zeros through training. Calling
+    The parameters keep their identity, so an optimiser made before stays valid; :func:`hold_masks` keeps the zeros
+    through training. Calling
     it again on a pruned model prunes further: what was removed stays removed.
 
     Args:
         model: the model, changed in place (weights and masks only; modes, buffers and gradients stay as they were).
-        sparsity: fraction of the prunable weights to remove, 0 to 1; the kept count is exactly ``round((1 − sparsity) × total)`` for
-            unstructured masks. May be omitted for ``NM`` and ``FanIn``, which fix it.
+        sparsity: fraction of the prunable weights to remove, 0 to 1; the kept count is exactly ``round((1 − sparsity) ×
+            total)`` for unstructured masks. May be omitted for ``NM`` and ``FanIn``, which fix it.
         structure: what is kept together; ``Unstructured()`` when None.
-        criterion: a name (``magnitude``, ``random``, ``snip``, ``movement``, ``grasp``, ``synflow``, ``prospr``, ``epsd``) or an object with
-            ``scores``.
+        criterion: a name (``magnitude``, ``random``, ``snip``, ``movement``, ``grasp``, ``synflow``, ``prospr``,
+            ``epsd``) or an object with ``scores``.
         scope: ``"global"``: the layers share one budget; ``"layer"``: every layer gets its own.
-        distribution: how the budget is shared: None = by one threshold over all scores (scope "global") or uniformly (scope "layer");
-            ``"uniform"``, ``"erk"``, ``"erk_kernel"`` or a map from name to sparsity fix the count of each layer in either scope.
+        distribution: how the budget is shared: None = by one threshold over all scores (scope "global") or uniformly
+            (scope "layer"); ``"uniform"``, ``"erk"``, ``"erk_kernel"`` or a map from name to sparsity fix the count of
+            each layer in either scope.
         ignore: names, module types, modules or ``"re:PATTERN"`` to leave dense; they do not count.
         data: batches for the criteria that look at data: a loader, a list, or one (inputs, targets) pair.
-        loss: ``loss(outputs, targets)``, or an objective of :mod:`sparse_engine.distill` called with (forward, batch); cross entropy by default.
-        schedule: a number of rounds (exponential ladder with re-scoring) or a :class:`Schedule`; the criterion's default otherwise.
+        loss: ``loss(outputs, targets)``, or an objective of :mod:`sparse_engine.distill` called with (forward, batch);
+            cross entropy by default.
+        schedule: a number of rounds (exponential ladder with re-scoring) or a :class:`Schedule`; the criterion's
+            default otherwise.
         keep_one: never take the last weight (or group) of a layer.
         seed: for criteria that draw random numbers.
 
@@ -69,7 +73,8 @@ def prune(
         The counts by layer. Layers that lost everything are in ``report.collapsed`` and in a warning.
 
     Raises:
-        PruneError: for a sparsity outside 0..1, unknown names, missing data, NaN scores or a structure that the sparsity contradicts.
+        PruneError: for a sparsity outside 0..1, unknown names, missing data, NaN scores or a structure that the
+            sparsity contradicts.
     """
     structure = Structure.parse(structure) if structure is not None else Unstructured()
     chosen = criterion_named(criterion)
@@ -80,7 +85,7 @@ def prune(
     if scope not in ("global", "layer"):
         raise PruneError(f"scope is {scope!r}; it has to be 'global' or 'layer'")
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    objective = _as_objective(loss)
+    objective = as_objective(loss)
     if distribution is None and scope == "layer":
         distribution = "uniform"
     new: dict[str, Tensor] = {}
@@ -90,7 +95,7 @@ def prune(
     try:
         for density in _densities(schedule, chosen, 1 - sparsity, start):
             current = {**before, **new}
-            evidence = Evidence(data=data, objective=objective, masks=current, seed=seed)
+            evidence = Evidence(data=data, objective=objective.for_scoring(), masks=current, seed=seed)
             scores = chosen.scores(model, weights, evidence)
             for name, mask in current.items():
                 scores[name] = scores[name].masked_fill(~mask.to(scores[name].device), -torch.inf)
@@ -122,14 +127,6 @@ def prune(
             stacklevel=2,
         )
     return report
-
-
-def _as_objective(loss: Any) -> Objective:
-    if loss is None:
-        return Supervised()
-    if getattr(loss, "is_objective", False) or isinstance(loss, Supervised):
-        return loss
-    return Supervised(loss)
 
 
 def _checked_sparsity(sparsity: float | None, structure: Structure, weights: Mapping[str, nn.Parameter]) -> float:
@@ -173,6 +170,3 @@ def _densities(schedule: Schedule | int | None, criterion: Criterion, final: flo
     if isinstance(schedule, Iterative) and start < 1 and final < start:  # the ladder starts where the model is
         return [*(start * (final / start) ** ((i + 1) / schedule.rounds) for i in range(schedule.rounds - 1)), final]
     return schedule.densities(final)
-
-
-__all__ = ["apply_masks_", "prune"]

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparse_engine.distill.batch import Batch, Objective, Supervised, as_batches
+from sparse_engine.distill.batch import Batch, as_batches
+from sparse_engine.distill.objectives import CrossEntropy, Objective
 from sparse_engine.errors import PruneError
 
 Weights = Mapping[str, nn.Parameter]
@@ -27,7 +28,7 @@ class Evidence:
     """
 
     data: Any = None
-    objective: Objective = field(default_factory=Supervised)
+    objective: Objective = field(default_factory=CrossEntropy)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
 
@@ -112,8 +113,8 @@ class Snip(Criterion):
 class Movement(Criterion):
     """``−Σ w ⊙ ∂L/∂w``: weights that descent moves away from zero are kept (movement pruning, arXiv 2005.07683).
 
-    The sum runs over the given batches at the current weights; during training :class:`sparse_engine.prune.MovementTracker` accumulates the
-    same quantity along the way.
+    The sum runs over the given batches at the current weights; during training
+    :class:`sparse_engine.prune.MovementTracker` accumulates the same quantity along the way.
     """
 
     name: ClassVar[str] = "movement"
@@ -126,7 +127,8 @@ class Movement(Criterion):
 
 @dataclass(frozen=True)
 class Grasp(Criterion):
-    """Gradient-flow preservation: the score of removal is ``−w ⊙ Hg`` and the largest are removed (GraSP, arXiv 2002.07376).
+    """Gradient-flow preservation: the score of removal is ``−w ⊙ Hg`` and the largest are removed (GraSP, arXiv
+    2002.07376).
 
     So the returned score, larger = keep, is ``w ⊙ Hg``. Logits are divided by ``temperature`` before the loss.
     """
@@ -170,10 +172,11 @@ class Grasp(Criterion):
 
 @dataclass(frozen=True)
 class SynFlow(Criterion):
-    """``|w ⊙ ∂R/∂w|`` with R the summed output of the network of absolute weights on an all-ones input; no data (arXiv 2006.05467).
+    """``|w ⊙ ∂R/∂w|`` with R the summed output of the network of absolute weights on an all-ones input; no data (arXiv
+    2006.05467).
 
-    Batch norm runs in evaluation mode; the scores are computed in float64 because R is a product over the depth. The shape of the input is
-    taken from ``input_shape`` or from the first batch of ``data`` (whose values are not used).
+    Batch norm runs in evaluation mode; the scores are computed in float64 because R is a product over the depth. The
+    shape of the input is taken from ``input_shape`` or from the first batch of ``data`` (whose values are not used).
     """
 
     name: ClassVar[str] = "synflow"
@@ -214,13 +217,13 @@ class SynFlow(Criterion):
 class ProsPr(Criterion):
     """Meta-gradient of the loss *after* ``steps`` SGD steps with respect to the mask (ProsPr, arXiv 2202.08132).
 
-    ``w₀ = θ₀ ⊙ m`` with the mask applied once; ``steps`` inner SGD steps with momentum, each on its own batch; the score is
-    ``|∂L(w_K)/∂m|`` on one more batch. ``steps=0`` is SNIP exactly. The objective may be any self-distillation loss, which makes this the
-    scorer of EPSD (:class:`Epsd`).
+    ``w₀ = θ₀ ⊙ m`` with the mask applied once; ``steps`` inner SGD steps with momentum, each on its own batch; the
+    score is ``|∂L(w_K)/∂m|`` on one more batch. ``steps=0`` is SNIP exactly. The objective may be any self-distillation
+    loss, which makes this the scorer of EPSD (:class:`Epsd`).
 
-    ``mode="full"`` differentiates through every inner step, momentum included (the published reference cuts the first momentum buffer out of
-    the graph; that term is kept here). ``"first_order"`` treats the inner gradients as constants, so that ``∂w_K/∂w_0`` is the identity: one
-    gradient graph at a time in memory.
+    ``mode="full"`` differentiates through every inner step, momentum included (the published reference cuts the first
+    momentum buffer out of the graph; that term is kept here). ``"first_order"`` treats the inner gradients as
+    constants, so that ``∂w_K/∂w_0`` is the identity: one gradient graph at a time in memory.
 
     Args:
         steps: inner steps K.
@@ -295,8 +298,9 @@ class ProsPr(Criterion):
 class Epsd(ProsPr):
     """Early pruning with self-distillation: ProsPr's scorer under a self-distillation loss (EPSD, arXiv 2402.00084).
 
-    Pass the loss as ``loss=`` of :func:`sparse_engine.prune`, e.g. ``sparse_engine.distill.ClassWiseSelfDistillation()``; with plain cross
-    entropy the result is the paper's "simple combination" (SC), through the same code.
+    Pass the loss as ``loss=`` of :func:`sparse_engine.prune`, e.g.
+    ``sparse_engine.distill.ClassWiseSelfDistillation()``; with plain cross entropy the result is the paper's "simple
+    combination" (SC), through the same code.
     """
 
     name: ClassVar[str] = "epsd"
@@ -357,7 +361,9 @@ class Substituted:
 
 
 class Untouched:
-    """Lends a model for scoring and gives it back unchanged: buffers (batch-norm statistics move), modes and gradients included."""
+    """Lends a model for scoring and gives it back unchanged: buffers (batch-norm statistics move), modes and gradients
+    included.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

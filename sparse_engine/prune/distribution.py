@@ -23,9 +23,10 @@ def layer_counts(
     Args:
         shapes: weight shapes by name.
         density: fraction of all weights to keep, 0 to 1.
-        distribution: ``"uniform"`` (every layer the same density), ``"erk"`` (density ∝ (in + out) / (in · out)), ``"erk_kernel"`` (density ∝
-            (in + out + kernel sides) / (in · out · kernel sides); the form used with RigL), or a map from name (or ``"re:PATTERN"``) to a
-            *sparsity* of that layer; layers that the map leaves out share the rest of the budget uniformly.
+        distribution: ``"uniform"`` (every layer the same density), ``"erk"`` (density ∝ (in + out) / (in · out)),
+            ``"erk_kernel"`` (density ∝ (in + out + kernel sides) / (in · out · kernel sides); the form used with RigL),
+            or a map from name (or ``"re:PATTERN"``) to a *sparsity* of that layer; layers that the map leaves out share
+            the rest of the budget uniformly.
 
     Returns:
         Kept weights by name.

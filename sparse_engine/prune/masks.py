@@ -1,7 +1,8 @@
 """Masks: which weights of a model are kept, stored beside the weights and held there.
 
-A mask lives on the module that owns the weight, as an ordinary Python attribute. It therefore travels with ``copy.deepcopy`` and ``pickle``
-but stays out of ``state_dict``: a pruned model's state is a plain dense state with exact zeros, which every other tool can read.
+A mask lives on the module that owns the weight, as an ordinary Python attribute. It therefore travels with
+``copy.deepcopy`` and ``pickle`` but stays out of ``state_dict``: a pruned model's state is a plain dense state with
+exact zeros, which every other tool can read.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ def prunable_weights(model: nn.Module, ignore: Ignore = ()) -> dict[str, nn.Para
 
         prunable_weights(model, ignore=["conv1", nn.Linear, "re:.*head"])   # {"layer1.0.conv1.weight": Parameter, ...}
 
-    Weights of linear and convolution layers and the projections of ``nn.MultiheadAttention`` are prunable; biases, norms and embeddings are
-    not. A weight that several modules share appears once, under its first name.
+    Weights of linear and convolution layers and the projections of ``nn.MultiheadAttention`` are prunable; biases,
+    norms and embeddings are not. A weight that several modules share appears once, under its first name.
 
     Args:
         model: any module.
-        ignore: what to leave alone: qualified names of modules (with everything below them) or of parameters, module types, module objects,
-            or ``"re:PATTERN"``, a regular expression that has to match the whole module or parameter name.
+        ignore: what to leave alone: qualified names of modules (with everything below them) or of parameters, module
+            types, module objects, or ``"re:PATTERN"``, a regular expression that has to match the whole module or
+            parameter name.
 
     Returns:
         A dict from qualified parameter name to the parameter itself (not a copy).
@@ -77,7 +79,8 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
         model: any module.
 
     Returns:
-        A dict from qualified parameter name to a bool tensor of the weight's shape, True = kept; empty for a model that was never pruned.
+        A dict from qualified parameter name to a bool tensor of the weight's shape, True = kept; empty for a model that
+        was never pruned.
         The tensors are the stored ones: change them through :func:`set_masks` only.
     """
     out: dict[str, Tensor] = {}
@@ -99,7 +102,8 @@ def set_masks(model: nn.Module, new: dict[str, Tensor], *, apply: bool = True) -
 
     Args:
         model: the model whose weights are named.
-        new: qualified parameter name to bool tensor of the weight's shape, True = kept. Other weights keep the masks they have.
+        new: qualified parameter name to bool tensor of the weight's shape, True = kept. Other weights keep the masks
+            they have.
         apply: write the zeros now.
 
     Raises:
@@ -190,8 +194,9 @@ def hold_masks(model: nn.Module, optimizer: torch.optim.Optimizer, *, mask_gradi
     Args:
         model: the pruned model; masks are looked up at every step, so a mask that changes during training is followed.
         optimizer: the optimiser that updates its weights.
-        mask_gradients: also zero the gradients of removed weights before the step, so that they enter neither the optimiser's state nor an
-            adaptive step size. Dynamic methods that read dense gradients must read them before the step.
+        mask_gradients: also zero the gradients of removed weights before the step, so that they enter neither the
+            optimiser's state nor an adaptive step size. Dynamic methods that read dense gradients must read them before
+            the step.
 
     Returns:
         A handle with ``remove()``, usable as a context manager.

@@ -1,4 +1,6 @@
-"""Schedules: the path from dense to the wanted density. A schedule is a small object that lists or evaluates densities."""
+"""Schedules: the path from dense to the wanted density. A schedule is a small object that lists or evaluates
+densities.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from sparse_engine.errors import PruneError
 
 
 class Schedule:
-    """Base: ``densities(final)`` are the densities of successive pruning rounds, the last one being the final density."""
+    """Base: ``densities(final)`` are the densities of successive pruning rounds, the last one being the final
+    density.
+    """
 
     def densities(self, final: float) -> list[float]:
         """Densities of the rounds, decreasing, ending in ``final``."""

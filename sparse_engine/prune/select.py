@@ -62,9 +62,9 @@ def select(
     Args:
         scores: a tensor of each weight's shape, larger = more worth keeping.
         counts: how many weights to keep: one number shared by all layers through one threshold, or a number per layer.
-        structure: what is kept together; the score of a group is the mean over its weights. With groups of one size the count is exact when it
-            is a whole number of groups, otherwise it is the largest number of whole groups below it. ``NM`` and ``FanIn`` fix the number kept
-            in each group or row, and ``counts`` is not used.
+        structure: what is kept together; the score of a group is the mean over its weights. With groups of one size the
+            count is exact when it is a whole number of groups, otherwise it is the largest number of whole groups below
+            it. ``NM`` and ``FanIn`` fix the number kept in each group or row, and ``counts`` is not used.
         keep_one: keep the best weight (or group) of a layer that would lose everything; the total stays the same.
 
     Returns:

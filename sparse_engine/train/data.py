@@ -1,4 +1,5 @@
-"""Data sets that need no download code: MNIST and Fashion-MNIST (idx), CIFAR (python pickles, compact npz), image folders, scikit-learn's digits.
+"""Data sets that need no download code: MNIST and Fashion-MNIST (idx), CIFAR (python pickles, compact npz), image
+folders, scikit-learn's digits.
 
 Example::
 
@@ -53,7 +54,8 @@ class ArrayData:
         labels: int64 [N], 0 to classes − 1.
         classes: number of classes.
         mean, std: per channel, applied to pixels in 0..1.
-        augment: None, ``"flip_crop"`` (mirror and 4-pixel shifts with zero padding) or ``"shift"`` (shifts of 2 pixels).
+        augment: None, ``"flip_crop"`` (mirror and 4-pixel shifts with zero padding) or ``"shift"`` (shifts of 2
+            pixels).
         indices: positions in the full data set, when this is a part of it.
     """
 
@@ -71,7 +73,7 @@ class ArrayData:
             raise SparseEngineError(
                 f"{self.name}: images {tuple(self.images.shape)} and labels {tuple(self.labels.shape)} do not fit; expected [N, C, H, W] and [N]"
             )
-        if len(self.labels) and not (0 <= int(self.labels.min()) and int(self.labels.max()) < self.classes):
+        if len(self.labels) and not (int(self.labels.min()) >= 0 and int(self.labels.max()) < self.classes):
             raise SparseEngineError(
                 f"{self.name}: labels run from {int(self.labels.min())} to {int(self.labels.max())}, but there are {self.classes} classes (0 to {self.classes - 1})"
             )
@@ -99,7 +101,8 @@ class ArrayData:
     ) -> Batch:
         """The samples at ``positions`` as one batch, normalised, augmented when the data set says so.
 
-        ``batch.indices`` are positions *in this data set* (0 to len − 1), which is what tables and scores are indexed by.
+        ``batch.indices`` are positions *in this data set* (0 to len − 1), which is what tables and scores are indexed
+        by.
         """
         x = self.images[positions]
         x = x.float().div_(255) if x.dtype == torch.uint8 else x.clone()
@@ -163,9 +166,11 @@ def load_data(
         train, test = load_data("data/MNIST")
 
     Args:
-        source: ``"digits"`` (scikit-learn's 8×8 digits: every fifth sample is a test sample), or a folder, recognised by its files: idx files
-            (``train-images-idx3-ubyte``, plain, .gz or .xz, also below ``raw/`` or ``MNIST/raw/``), ``cifar-10-batches-py`` or
-            ``cifar-100-python``, compact ``cifar10_*.npz`` / ``cifar100_*.npz``, or an image folder ``train/CLASS/*.png`` with ``test/`` or ``val/``.
+        source: ``"digits"`` (scikit-learn's 8×8 digits: every fifth sample is a test sample), or a folder, recognised
+            by its files: idx files (``train-images-idx3-ubyte``, plain, .gz or .xz, also below ``raw/`` or
+                ``MNIST/raw/``), ``cifar-10-batches-py`` or
+            ``cifar-100-python``, compact ``cifar10_*.npz`` / ``cifar100_*.npz``, or an image folder
+            ``train/CLASS/*.png`` with ``test/`` or ``val/``.
         augment: for the training part; True = the usual one of the data set.
         limit: use only the first so many training and test samples (quick runs).
 
@@ -217,7 +222,7 @@ def as_array_data(dataset: Any, classes: int | None = None, name: str = "dataset
     return ArrayData(name, images, labels.long(), classes or int(labels.max()) + 1)
 
 
-# --- the formats -----------------------------------------------------------------------------------------------------------------------------
+# --- the formats ------------------------------------------------------------------------------------------------------
 
 
 def _digits() -> tuple[ArrayData, ArrayData]:
@@ -366,8 +371,8 @@ def _cifar100_pickles(folder: Path) -> tuple[ArrayData, ArrayData]:
 def read_compact(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N, 3, H, W] and labels of a compact CIFAR file.
 
-    The file holds the green plane and the differences of red and blue to it, each predicted from the neighbours above, to the left and above
-    left (median edge detector); the residuals are zigzag-coded and xz-compressed.
+    The file holds the green plane and the differences of red and blue to it, each predicted from the neighbours above,
+    to the left and above left (median edge detector); the residuals are zigzag-coded and xz-compressed.
     """
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -1,4 +1,5 @@
-"""Built-in networks, with the parameter names of torchvision (ImageNet forms) and of the usual CIFAR code (CIFAR forms).
+"""Built-in networks, with the parameter names of torchvision (ImageNet forms) and of the usual CIFAR code (CIFAR
+forms).
 
 Example::
 
@@ -31,7 +32,8 @@ class MLP(nn.Module):
 
     Args:
         in_features: size of a flattened input.
-        hidden: sizes of the hidden layers; the default is the 784-784-784-10 network of the end-to-end paper (arXiv 2312.01653).
+        hidden: sizes of the hidden layers; the default is the 784-784-784-10 network of the end-to-end paper (arXiv
+            2312.01653).
         num_classes: outputs.
     """
 
@@ -51,7 +53,7 @@ class MLP(nn.Module):
         return getattr(self, f"fc{self.depth}")(x)
 
 
-# --- VGG -------------------------------------------------------------------------------------------------------------------------------------
+# --- VGG --------------------------------------------------------------------------------------------------------------
 
 _VGG: dict[int, tuple[int | str, ...]] = {
     11: (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
@@ -62,7 +64,8 @@ _VGG: dict[int, tuple[int | str, ...]] = {
 
 
 class VGG(nn.Module):
-    """VGG with batch norm: torchvision's names (``features.N``, ``classifier.N``) and, for CIFAR, a single linear classifier.
+    """VGG with batch norm: torchvision's names (``features.N``, ``classifier.N``) and, for CIFAR, a single linear
+    classifier.
 
     Args:
         depth: 11, 13, 16 or 19.
@@ -115,11 +118,13 @@ class VGG(nn.Module):
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
 
 
-# --- ResNet, CIFAR form ----------------------------------------------------------------------------------------------------------------------
+# --- ResNet, CIFAR form -----------------------------------------------------------------------------------------------
 
 
 class OptionA(nn.Module):
-    """Parameter-free shortcut of the CIFAR ResNets: every second pixel, channels padded with zeros on both sides (arXiv 1512.03385, option A)."""
+    """Parameter-free shortcut of the CIFAR ResNets: every second pixel, channels padded with zeros on both sides (arXiv
+    1512.03385, option A).
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -211,7 +216,7 @@ class CifarResNet(nn.Module):
         return getattr(self, self.head)(torch.flatten(self.avgpool(x), 1))
 
 
-# --- ResNet, ImageNet form -------------------------------------------------------------------------------------------------------------------
+# --- ResNet, ImageNet form --------------------------------------------------------------------------------------------
 
 
 class BasicBlock(nn.Module):
@@ -308,7 +313,7 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-# --- MobileNetV2 -----------------------------------------------------------------------------------------------------------------------------
+# --- MobileNetV2 ------------------------------------------------------------------------------------------------------
 
 
 def _conv_bn_relu6(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -389,7 +394,7 @@ class MobileNetV2(nn.Module):
         return self.classifier(torch.flatten(F.adaptive_avg_pool2d(self.features(x), 1), 1))
 
 
-# --- vision transformer ----------------------------------------------------------------------------------------------------------------------
+# --- vision transformer -----------------------------------------------------------------------------------------------
 
 
 class EncoderBlock(nn.Module):
@@ -470,7 +475,7 @@ class VisionTransformer(nn.Module):
         return self.heads(self.encoder(x)[:, 0])
 
 
-# --- by name ---------------------------------------------------------------------------------------------------------------------------------
+# --- by name ----------------------------------------------------------------------------------------------------------
 
 
 def _cifar_resnet(depth: int) -> Callable[..., nn.Module]:
