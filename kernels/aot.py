@@ -1,0 +1,217 @@
+"""Compiles every Triton kernel and configuration ahead of time, with no GPU: what fits, what spills, which matrix
+instruction comes out.
+
+    python -m sparse_engine.kernels.aot --markdown docs/kernels/aot.md      # every configuration
+    python -m sparse_engine.kernels.aot --quick --json -                    # one or two configurations per kernel
+
+Each module with kernels offers `aot_cases(arch)`. A case is wrong when its shared memory passes what a block may take,
+when the machine code uses a stack (registers spilled), or when the expected matrix instruction is not in the PTX.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+MODULES = ("block_sparse", "distill")
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """One kernel in one configuration.
+
+    Attributes:
+        name: the configuration in words, unique within the kernel.
+        kernel: the `triton.jit` function.
+        signature: argument → type (`"*bf16"`, `"i32"`, `"fp32"`) of every argument that is not a constant.
+        constants: argument → value.
+        options: num_warps, num_stages.
+        expects: a regular expression that the PTX must match, or "" (no matrix product).
+        quick: part of the short list.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, int]
+    expects: str = ""
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class AotResult:
+    """What the compiler made of a case; `problems` is empty when it is fit to run."""
+
+    kernel: str
+    case: str
+    arch: str
+    registers: int = 0
+    shared: int = 0
+    stack: int = 0
+    instruction: str = ""
+    problems: list[str] = field(default_factory=list)
+
+
+# where Triton versions differ in the instruction chosen: TF32 products with an operand that lies transposed
+MATRIX = r"wgmma\.mma_async|mma\.sync"
+
+
+def tensor_core(arch: str, wide: bool) -> str:
+    """The instruction a product must compile to: wgmma on Hopper where the tile is at least 64 rows high and 4 warps
+    wide, mma.sync otherwise."""
+    return r"wgmma\.mma_async" if arch == "sm_90" and wide else r"mma\.sync"
+
+
+def compile_case(case: AotCase, arch: str) -> AotResult:
+    """Compiles one case and reads the machine code's resources."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    name = case.kernel.__name__
+    signature = {argument: case.signature.get(argument, "constexpr") for argument in case.kernel.arg_names}
+    positions = {argument: index for index, argument in enumerate(case.kernel.arg_names)}
+    constants = {(positions[argument],): value for argument, value in case.constants.items()}
+    # as a launch does for arguments that are multiples of 16: pointers of tensors always, sizes nearly always
+    attributes = {
+        (positions[argument],): [["tt.divisibility", 16]]
+        for argument, kind in case.signature.items()
+        if kind.startswith("*") or (kind == "i32" and "stride" in argument)
+    }
+    try:
+        source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", int(arch[3:]), 32), options=dict(case.options))
+    except Exception as error:  # the compiler's own errors have no common class
+        return AotResult(
+            name, case.name, arch, problems=[f"does not compile: {type(error).__name__}: {str(error)[:300]}"]
+        )
+    registers, stack, shared_static = _resources(compiled.asm["cubin"])
+    shared = max(int(compiled.metadata.shared), shared_static)
+    ptx = compiled.asm["ptx"]
+    found = re.search(r"wgmma\.mma_async[.\w]*|mma\.sync\.aligned[.\w]*", ptx)
+    problems = []
+    if shared > SHARED_LIMIT[arch]:
+        problems.append(f"{shared} bytes of shared memory, the limit is {SHARED_LIMIT[arch]}")
+    if stack:
+        problems.append(f"{stack} bytes of stack per thread: registers spilled")
+    if case.expects and not re.search(case.expects, ptx):
+        problems.append(f"no {case.expects} in the PTX" + (f", but {found.group(0)}" if found else ""))
+    return AotResult(name, case.name, arch, registers, shared, stack, _short(found.group(0)) if found else "", problems)
+
+
+def cases(arch: str, modules: Iterable[str] = MODULES, quick: bool = False) -> list[AotCase]:
+    """Every case of the modules named, for one architecture."""
+    found: list[AotCase] = []
+    for module in modules:
+        found += importlib.import_module(f".{module}", __package__).aot_cases(arch)
+    return [case for case in found if case.quick or not quick]
+
+
+def compile_all(
+    arches: Iterable[str] = ("sm_80", "sm_90"), modules: Iterable[str] = MODULES, quick: bool = False
+) -> list[AotResult]:
+    """Compiles every case for every architecture; needs Triton, needs no GPU."""
+    modules = tuple(modules)
+    return [compile_case(case, arch) for arch in arches for case in cases(arch, modules, quick)]
+
+
+def markdown(results: list[AotResult]) -> str:
+    """The table of the documentation."""
+    import triton
+
+    lines = [
+        "# What the compiler makes of every Triton kernel",
+        "",
+        "Written by `python -m sparse_engine.kernels.aot --markdown docs/kernels/aot.md` with Triton "
+        f"{triton.__version__}; compiled, not run.",
+        "A block may take 163 KiB of shared memory on sm_80, 227 KiB on sm_90. A stack means spilled registers.",
+        "",
+        "| kernel | configuration | architecture | registers | shared KiB | stack | matrix instruction | |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {r.kernel} | {r.case} | {r.arch} | {r.registers} | {r.shared / 1024:.1f} | {r.stack} | "
+        f"{r.instruction or '–'} | {'; '.join(r.problems) or 'ok'} |"
+        for r in results
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns 1 when any case has a problem."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sparse_engine.kernels.aot",
+        description="Compile every Triton kernel ahead of time and check it.",
+    )
+    parser.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"], choices=sorted(SHARED_LIMIT))
+    parser.add_argument("--module", nargs="+", default=list(MODULES), choices=MODULES)
+    parser.add_argument("--quick", action="store_true", help="the short list only")
+    parser.add_argument("--json", metavar="FILE", help="write the results as JSON ('-': standard output)")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table")
+    options = parser.parse_args(arguments)
+    results: list[AotResult] = []
+    for arch in options.arch:
+        for case in cases(arch, options.module, options.quick):
+            results.append(compile_case(case, arch))
+            last = results[-1]
+            state = "; ".join(last.problems) or "ok"
+            print(
+                f"{arch} {last.kernel} {last.case}: {last.registers} registers, {last.shared} bytes shared, "
+                f"{last.instruction}: {state}",
+                file=sys.stderr,
+                flush=True,
+            )
+    if options.json == "-":
+        print(json.dumps([asdict(result) for result in results]))
+    elif options.json:
+        Path(options.json).write_text(json.dumps([asdict(result) for result in results], indent=1), encoding="utf-8")
+    if options.markdown:
+        Path(options.markdown).write_text(markdown(results), encoding="utf-8")
+    return 1 if any(result.problems for result in results) else 0
+
+
+def _resources(cubin: bytes) -> tuple[int, int, int]:
+    """(registers, stack bytes, static shared bytes) of the one kernel in a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [_cuobjdump(), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text[:300]}")
+    registers, stack, shared, local = (int(number) for number in usage.groups())
+    return registers, max(stack, local), shared
+
+
+def _cuobjdump() -> str:
+    """The disassembler that Triton ships."""
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def _short(instruction: str) -> str:
+    """`wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16` → `wgmma m64n128k16 bf16`."""
+    kind = "wgmma" if instruction.startswith("wgmma") else "mma"
+    shape = re.search(r"m\d+n\d+k\d+", instruction)
+    operand = re.search(r"\.(bf16|f16|tf32)\b", instruction.replace("f32.", "", 1))
+    return " ".join(
+        part for part in (kind, shape.group(0) if shape else "", operand.group(1) if operand else "") if part
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
