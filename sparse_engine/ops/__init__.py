@@ -1,0 +1,9 @@
+"""Mathematical functions with one schema, one readable reference and any number of backends each."""
+
+from sparse_engine.ops import registry
+from sparse_engine.ops.pattern import Pattern
+from sparse_engine.ops.registry import explain
+from sparse_engine.ops.sparse_conv2d import sparse_conv2d
+from sparse_engine.ops.sparse_linear import sparse_linear
+
+__all__ = ["Pattern", "explain", "registry", "sparse_conv2d", "sparse_linear"]

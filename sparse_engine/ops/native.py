@@ -1,0 +1,163 @@
+"""The C++ objects behind the `cpu` candidates: one per pattern (and geometry), holding the values it was last given."""
+
+import importlib.util
+import threading
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy
+import torch
+
+from sparse_engine.ops.pattern import Pattern, cached
+
+__all__ = ["NativeProduct", "extension", "native_product", "why_not_extension", "why_not_float32_cpu"]
+
+# Values compared on every call to notice edits that PyTorch's version counter does not see
+# (`parameter.data.mul_(...)`).
+_PROBES = 64
+
+if importlib.util.find_spec("sparse_engine._C") is None:
+    _extension = None
+    _import_error = "the C++ extension is not built; `pip install .` builds it"
+else:
+    try:
+        from sparse_engine import _C as _extension
+    except ImportError as _error:
+        _extension = None
+        _import_error = f"the C++ extension cannot be loaded: {_error}"
+
+
+def extension() -> ModuleType | None:
+    """Return the C++ extension module, or None where it is not built."""
+    return _extension
+
+
+def why_not_extension(*names: str) -> list[str]:
+    """Say what the C++ extension lacks."""
+    if _extension is None:
+        return [_import_error]
+    return [f"this build of the C++ extension has no {name}" for name in names if not hasattr(_extension, name)]
+
+
+def why_not_float32_cpu(cols: torch.Tensor, **tensors: torch.Tensor | None) -> list[str]:
+    """Say which tensors are not float32 on the CPU, and whether the pattern is elsewhere."""
+    reasons = [] if cols.device.type == "cpu" else [f"the pattern is on {cols.device}, not on the CPU"]
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            reasons.append(f"{name} is on {tensor.device}, not on the CPU")
+        elif tensor.dtype is not torch.float32:
+            reasons.append(f"{name} is {tensor.dtype}, not torch.float32")
+    return reasons
+
+
+class NativeProduct:
+    """A C++ sparse product for one pattern, and which values it holds.
+
+    Calls from several threads take turns: a call's values and its kernel belong together.
+    """
+
+    __slots__ = ("_held", "_pointer", "_probe", "_probed", "_version", "handle", "lock", "order")
+
+    def __init__(self, handle: Any, order: torch.Tensor | None) -> None:
+        self.handle = handle
+        self.order = order
+        self.lock = threading.Lock()
+        self._held: torch.Tensor | None = None
+        self._pointer = -1
+        self._version = -1
+        self._probe = numpy.empty(0, dtype=numpy.float32)
+        self._probed = b""
+
+    def holds(self, values: torch.Tensor) -> bool:
+        """Say whether the C++ object was last given exactly these values; to be asked with the lock held."""
+        # The tensor that was given is kept alive, so no other tensor can have come to lie at its address.
+        return (
+            self._pointer == values.data_ptr()
+            and self._version == values._version
+            and values.is_contiguous()
+            and self._probed == self._probe.tobytes()
+        )
+
+    def load(self, values: torch.Tensor, force: bool = False) -> None:
+        """Give the values to the C++ object unless it holds them; to be called with the lock held."""
+        if values.is_inference() or not values.is_contiguous():
+            # Without a version counter edits go unnoticed, and a strided view shares its address with others.
+            self._set(values)
+            self._pointer = -1
+            return
+        if not force and self.holds(values):
+            return
+        self._set(values)
+        self._held = held = values.detach()
+        self._probe = held.numpy()[:: max(1, held.numel() // _PROBES)]
+        self._probed = self._probe.tobytes()
+        self._version = values._version
+        self._pointer = values.data_ptr()
+
+    def forget(self) -> None:
+        """Make the next call load its values again, whatever they look like."""
+        with self.lock:
+            self._pointer = -1
+            self._held = None
+
+    def entries_to_values(self, entries: torch.Tensor, count: int) -> torch.Tensor:
+        """Bring per-entry results from compressed-row order into the order of the values; padding gets zero."""
+        if self.order is None:
+            return entries
+        return entries.new_zeros(count).index_copy_(0, self.order, entries)
+
+    def _set(self, values: torch.Tensor) -> None:
+        entries = values.detach() if self.order is None else values.detach()[self.order]
+        entries = entries.contiguous()
+        self.handle.set_values(entries.data_ptr(), entries.numel())
+
+
+def native_product(
+    row_ptr: torch.Tensor,
+    cols: torch.Tensor,
+    shape: tuple[int, ...],
+    block: tuple[int, int],
+    key: tuple[Any, ...],
+    make: Callable[[numpy.ndarray, numpy.ndarray, int, int], Any],
+) -> NativeProduct:
+    """Return the C++ object for a pattern, building it the first time.
+
+    Args:
+        row_ptr, cols, shape, block: the pattern, as in `Pattern`.
+        key: what else the object depends on.
+        make: builds it from row_ptr int64 [M + 1], cols int32 [entries], M and the number of columns.
+    """
+
+    def build() -> NativeProduct:
+        row_pointers, columns, order = compressed_rows(Pattern(row_ptr, cols, shape, block))
+        matrix_columns = 1
+        for size in shape[1:]:
+            matrix_columns *= size
+        return NativeProduct(make(row_pointers, columns, shape[0], matrix_columns), order)
+
+    return cached(row_ptr, cols, ("native", tuple(shape), tuple(block), *key), build)
+
+
+def compressed_rows(pattern: Pattern) -> tuple[numpy.ndarray, numpy.ndarray, torch.Tensor | None]:
+    """Return (row_ptr, cols, order) of single entries; entry i has value `values[order[i]]` (None: `values[i]`)."""
+    if pattern.block == (1, 1):
+        return (
+            numpy.ascontiguousarray(pattern.row_ptr.numpy(), dtype=numpy.int64),
+            numpy.ascontiguousarray(pattern.cols.numpy(), dtype=numpy.int32),
+            None,
+        )
+    height, width = pattern.block
+    block_rows = torch.repeat_interleave(torch.arange(pattern.row_ptr.numel() - 1), pattern.row_ptr.diff())
+    rows = block_rows[:, None, None] * height + torch.arange(height)[None, :, None]
+    cols = pattern.cols.long()[:, None, None] * width + torch.arange(width)[None, None, :]
+    inside = ((rows < pattern.rows) & (cols < pattern.columns)).reshape(-1).nonzero().reshape(-1)
+    flat = (rows * pattern.columns + cols).reshape(-1)[inside]
+    flat, by_row = flat.sort()
+    entry_rows = torch.div(flat, max(pattern.columns, 1), rounding_mode="floor")
+    row_ptr = torch.zeros(pattern.rows + 1, dtype=torch.int64)
+    row_ptr[1:] = torch.bincount(entry_rows, minlength=pattern.rows).cumsum(0)
+    entry_cols = (flat - entry_rows * pattern.columns).to(torch.int32)
+    return row_ptr.numpy(), entry_cols.numpy(), inside[by_row]
