@@ -51,7 +51,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, resolve: bool = True) -> di
     if path.is_file() and path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty")
     try:
-        loaded = Container(path).tensors() if _looks_like_safetensors(head) else _read_torch(path)
+        loaded = Container(path).tensors() if _looks_like_safetensors(path, head) else _read_torch(path)
     except CheckpointError:
         raise
     except FileFormatError as error:
@@ -102,8 +102,9 @@ def resolve_masks(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         >>> resolve_masks({"fc.weight_orig": torch.ones(2), "fc.weight_mask": torch.tensor([1.0, 0.0])})
         {'fc.weight': tensor([1., 0.])}
 
-    Understood are `torch.nn.utils.prune` (`weight_orig`, `weight_mask`) and `torch.ao.pruning`
-    (`parametrizations.weight.original`, `parametrizations.weight.0.mask`).
+    Understood are `torch.nn.utils.prune` (`weight_orig`, `weight_mask`) and parametrizations
+    (`parametrizations.weight.original`, `parametrizations.weight.0.mask`). `torch.ao.pruning` uses the latter but does
+    not save the mask unless asked to, which is an error here.
 
     Args:
         state: name -> tensor.
@@ -112,7 +113,8 @@ def resolve_masks(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         A new dict in the same order; tensors without a mask are the same objects.
 
     Raises:
-        CheckpointError: a mask without its weight, a shape that does not fit, or a parametrization that is no mask.
+        CheckpointError: a mask without its weight or the reverse, a shape that does not fit, or a parametrization that
+            is no mask.
     """
     resolved: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
@@ -120,7 +122,14 @@ def resolve_masks(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if match:
             plain = match["owner"] + match["name"]
             if match["rest"] == "original":
-                resolved[plain] = _masked(tensor, _find_parametrization_masks(state, match), plain)
+                masks = _find_parametrization_masks(state, match)
+                if not masks:
+                    # torch.ao.pruning leaves its masks out of state dicts: taking the weight as it is would undo the pruning.
+                    raise CheckpointError(
+                        f"{name}: a parametrized weight whose mask is not in the file; call sparsifier.squash_mask() "
+                        "before saving, or pass the live model"
+                    )
+                resolved[plain] = _masked(tensor, masks, plain)
             elif not re.fullmatch(r"\d+\.mask", match["rest"]):
                 raise CheckpointError(
                     f"{name}: a parametrization that is no mask; make it permanent with "
@@ -177,7 +186,9 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     model.load_state_dict(dict(state), strict=False)
 
 
-def _looks_like_safetensors(head: bytes) -> bool:
+def _looks_like_safetensors(path: Path, head: bytes) -> bool:
+    if path.suffix == ".safetensors" and not head.startswith(b"PK"):
+        return True
     return len(head) == 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32
 
 

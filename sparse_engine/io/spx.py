@@ -20,7 +20,7 @@ import torch
 
 from sparse_engine.errors import FileFormatError, StructureError
 from sparse_engine.io import strict_json
-from sparse_engine.io.container import DTYPE_NAMES, Container, TensorEntry, is_size, tensor_bytes, write_container
+from sparse_engine.io.container import DTYPE_NAMES, Container, is_size, tensor_bytes, write_container
 from sparse_engine.packed import PackedWeight
 
 FORMAT = "sparse_engine.spx"
@@ -384,11 +384,13 @@ def _check_dense_bytes(container: Container, table: dict[str, Any]) -> None:
         tensors = _named_tensors(container, fields, where)
         if "packed" not in fields:
             continue
-        shape, structure = fields["packed"].get("shape"), fields["packed"].get("structure")
+        shape, coding = fields["packed"].get("shape"), fields["packed"].get("coding")
         if not isinstance(shape, list) or not 2 <= len(shape) <= 8 or not all(is_size(size) for size in shape):
             raise FileFormatError(
                 f"{where}: shape must be a list of two to eight non-negative integers, not {str(shape)[:80]}"
             )
+        if not isinstance(coding, str):
+            raise FileFormatError(f"{where}: coding must be a string, not {str(coding)[:80]}")
         if "values" not in tensors:
             raise FileFormatError(f"{where}: has no values")
         values = container.entries[tensors["values"]]
@@ -399,12 +401,6 @@ def _check_dense_bytes(container: Container, table: dict[str, Any]) -> None:
                 f"{where}: shape {shape} brings the unpacked weights to {claimed} bytes; "
                 f"a file of {container.size} bytes may unpack to {allowed}"
             )
-        _check_full(fields["packed"], shape, structure, values, where)
-
-
-def _check_full(packed: dict[str, Any], shape: list[int], structure: Any, values: TensorEntry, where: str) -> None:
-    """A weight stored as full has no pattern that could be compared with its shape, so its values are."""
-    if packed.get("coding") == "full" and values.shape[0:1] < (math.prod(shape),):
-        raise FileFormatError(
-            f"{where}: {values.shape} values for a full weight of shape {shape} ({str(structure)[:40]})"
-        )
+        # A weight stored as full has no pattern that could be compared with its shape, so its values are.
+        if coding == "full" and math.prod(values.shape) < math.prod(shape):
+            raise FileFormatError(f"{where}: {math.prod(values.shape)} values for a full weight of shape {shape}")
