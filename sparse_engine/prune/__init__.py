@@ -13,23 +13,33 @@ from typing import Any
 from .api import prune
 from .criteria import CRITERIA, Criterion, Epsd, Evidence, Grasp, Magnitude, Movement, ProsPr, Random, Snip, SynFlow
 from .distribution import layer_counts
+from .dynamic import DynamicMask, GivenScores, GradualPruning, GraNet, MovementTracker, drop_and_grow, drop_fraction
+from .learned import GATES, LearnedMasks
 from .masks import MaskHold, apply_masks_, hold_masks, masks, prunable_weights, set_masks, squash_
 from .report import LayerReport, PruneReport, sparsity_report
 from .schedule import Cubic, Iterative, OneShot, Periodic, Schedule
 from .select import select, top_k_mask
+from .zero_init import zero_init_, zero_matrix
 
 __all__ = [
     "CRITERIA",
+    "GATES",
     "Criterion",
     "Cubic",
+    "DynamicMask",
     "Epsd",
     "Evidence",
+    "GivenScores",
+    "GraNet",
+    "GradualPruning",
     "Grasp",
     "Iterative",
     "LayerReport",
+    "LearnedMasks",
     "Magnitude",
     "MaskHold",
     "Movement",
+    "MovementTracker",
     "OneShot",
     "Periodic",
     "ProsPr",
@@ -40,6 +50,8 @@ __all__ = [
     "SynFlow",
     "apply_masks_",
     "compact",
+    "drop_and_grow",
+    "drop_fraction",
     "hold_masks",
     "layer_counts",
     "masks",
@@ -50,6 +62,8 @@ __all__ = [
     "sparsity_report",
     "squash_",
     "top_k_mask",
+    "zero_init_",
+    "zero_matrix",
 ]
 
 

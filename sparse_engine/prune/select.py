@@ -75,7 +75,7 @@ def select(
         return {name: _regular(score, structure) for name, score in scores.items()}
     if not isinstance(structure, Unstructured | Block | Channel):
         raise PruneError(f"pruning to {structure} is not known; use Unstructured, Block, NM, FanIn or Channel")
-    grouped = {name: _group(score, structure) for name, score in scores.items()}
+    grouped = {name: group_scores(score, structure) for name, score in scores.items()}
     if isinstance(counts, int):
         flat = {"": _join([grouped[name] for name in scores])}
         budget = {"": counts}
@@ -94,7 +94,7 @@ def select(
     if isinstance(counts, int):
         pieces = kept.pop("").split([grouped[name][0].numel() for name in scores])
         kept = dict(zip(scores, pieces, strict=True))
-    return {name: _ungroup(kept[name], score.shape, structure) for name, score in scores.items()}
+    return {name: ungroup(kept[name], score.shape, structure) for name, score in scores.items()}
 
 
 def structure_counts(shapes: Mapping[str, tuple[int, ...]], structure: Structure) -> dict[str, int] | None:
@@ -139,7 +139,7 @@ def _choose(values: Tensor, sizes: Tensor | None, budget: int, forced: list[int]
     return kept
 
 
-def _group(score: Tensor, structure: Structure) -> tuple[Tensor, Tensor | None]:
+def group_scores(score: Tensor, structure: Structure) -> tuple[Tensor, Tensor | None]:
     """Mean score and number of weights of every group, flattened."""
     if isinstance(structure, Unstructured):
         return score.reshape(-1), None
@@ -159,7 +159,8 @@ def _block_sums(matrix: Tensor, rows: int, columns: int) -> Tensor:
     return padded.reshape(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns).sum((1, 3))
 
 
-def _ungroup(kept: Tensor, shape: torch.Size, structure: Structure) -> Tensor:
+def ungroup(kept: Tensor, shape: torch.Size, structure: Structure) -> Tensor:
+    """The mask of a weight of ``shape`` from one bool per group, the inverse of :func:`group_scores`."""
     if isinstance(structure, Unstructured):
         return kept.reshape(shape)
     height = shape[0]
