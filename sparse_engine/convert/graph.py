@@ -251,7 +251,7 @@ class Graph:
         batch: int | None = None
         for name, shape in zip(self.inputs, shapes, strict=True):
             expected = self.values[name].shape
-            fits = len(shape) == len(expected)
+            fits, before = len(shape) == len(expected), batch
             for want, got in zip(expected, shape, strict=False):
                 if not isinstance(want, Dim):
                     fits = fits and want == got
@@ -260,7 +260,7 @@ class Graph:
                 fits = fits and rest == 0 and implied >= 0 and (batch is None or batch == implied)
                 batch = implied if batch is None else batch
             if not fits:
-                known = "" if batch is None else f" with N = {batch}"
+                known = "" if before is None else f" with N = {before}, as in the inputs before it"
                 raise GraphError(
                     f"input '{name}' has shape {format_shape(shape)}; the model takes {format_shape(expected)}{known}"
                 )

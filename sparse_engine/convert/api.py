@@ -1,0 +1,325 @@
+"""``convert``: from a pruned model to an executable in one call."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sparse_engine.convert.capture import Captured, capture
+from sparse_engine.convert.executable import Executable
+from sparse_engine.convert.flops import moves_only, node_flops
+from sparse_engine.convert.graph import Graph, Node, shape_at
+from sparse_engine.convert.inputs import Weights, prepare, prepare_examples
+from sparse_engine.convert.passes import optimise
+from sparse_engine.convert.report import LayerReport, Report
+from sparse_engine.errors import ConvertError, VerificationError
+
+Progress = Callable[[str], None]
+
+
+def convert(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    threads: int | None = None,
+    tune: bool = True,
+    verify: bool = True,
+    bound: float = 1e-4,
+    weights: Weights | None = None,
+    progress: Progress | None = None,
+) -> Executable:
+    """Turn a model whose weights contain exact zeros into an executable that gives the same outputs, faster.
+
+    Example::
+
+        executable = se.convert(model, (torch.randn(1, 3, 224, 224),))
+        y = executable(torch.randn(16, 3, 224, 224))
+        print(executable.report)
+
+    The model is copied, its masks are made permanent, it is put in eval mode and captured with ``torch.export``; batch norm, biases, residuals and
+    activations are folded into the operators, dead channels removed, and a kernel is chosen for each layer with a dense one always among the candidates.
+
+    Args:
+        model: any module, with exact zeros in its weights, masks of ``sparse_engine.prune`` or ``torch.nn.utils.prune``, or ``torch.ao.pruning``
+            parametrisations. It is not changed. A dense model is converted too; the report says that there is nothing to gain from sparsity.
+        example_inputs: a tensor, or a tuple of the model's positional arguments; kernels are timed, and the result is verified, on them. The first
+            dimension is the batch size; the executable runs any other as well.
+        device: "cpu".
+        dtype: torch.float32; a model in another floating dtype is converted to it.
+        threads: of the executable's kernels; None uses all cores.
+        tune: time the candidate kernels of each layer; otherwise a cost model chooses.
+        verify: run model and executable on the example inputs and compare.
+        bound: the largest accepted difference, relative to the largest magnitude of each output.
+        weights: a checkpoint (file name or state dict) to load into the copy first.
+        progress: called with the name of each step as it begins.
+
+    Returns:
+        The executable.
+
+    Raises:
+        ConvertError: an argument is not supported, or the model cannot be captured (`CaptureError`).
+        VerificationError: the outputs differ by more than the bound; nothing is returned.
+        CheckpointError: the weights do not fit the model.
+    """
+    _check_arguments(device, dtype, bound)
+    step = progress if progress is not None else (lambda name: None)
+    step("preparing the model")
+    plain = prepare(model, weights, dtype)
+    examples = prepare_examples(example_inputs, dtype)
+    step("capturing the graph")
+    captured = capture(plain, examples)
+    step("rewriting the graph")
+    counts: Counter[str] = Counter()
+    graph = optimise(captured.graph, counts)
+    step("choosing kernels")
+    choices = _choose(graph, examples, tune, threads)
+    executable = Executable(
+        graph, choices=choices, threads=threads, spec=captured.spec, model=model if weights is None else None
+    )
+    error = None
+    if verify:
+        step("verifying the outputs")
+        error = _verify(plain, executable, examples, bound)
+    bytes_before = _bytes([*plain.parameters(), *plain.buffers()])
+    del plain
+    step("writing the report")
+    executable._report = _report(captured, executable, examples, counts, bytes_before, error, bound)
+    return executable
+
+
+def _check_arguments(device: str | torch.device, dtype: torch.dtype, bound: float) -> None:
+    if torch.device(device).type != "cpu":
+        raise ConvertError(
+            f"executables run on the CPU; device={str(device)!r} is not supported. On a GPU use sparse_engine.sparsify_"
+        )
+    if dtype is not torch.float32:
+        raise ConvertError(
+            f"executables compute in torch.float32, not {dtype}; leave dtype out and the model is converted to it"
+        )
+    if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not bound > 0 or not math.isfinite(bound):
+        raise ConvertError(f"bound must be a positive number, not {bound!r}")
+
+
+def _choose(graph: Graph, examples: tuple[Tensor, ...], tune: bool, threads: int | None) -> Any:
+    try:
+        choose = importlib.import_module("sparse_engine.convert.choose").choose
+    except ImportError:
+        return None  # without the native runtime there is nothing to choose from; the report says so
+    return choose(graph, examples, tune=tune, threads=threads)
+
+
+# ---- verification
+
+
+def _verify(model: nn.Module, executable: Executable, examples: tuple[Tensor, ...], bound: float) -> float:
+    """The largest error on the examples; also runs another batch size, so that one that only seems to be free is found out."""
+    error = _compare(model, executable, examples, bound, "on the example inputs")
+    graph = executable.graph
+    if graph.dynamic or graph.fixed_batch is not None:
+        batch = executable._batch_of([tensor.shape for tensor in examples])
+        other = batch + 1 if batch < 4 else batch - 1
+        dynamic = [
+            graph.fixed_batch is not None
+            or bool(graph.values[name].shape)
+            and not isinstance(graph.values[name].shape[0], int)
+            for name in graph.inputs
+        ]
+        changed = tuple(
+            torch.cat([tensor, tensor[:1]])[:other] if moves else tensor
+            for tensor, moves in zip(examples, dynamic, strict=True)
+        )
+        try:
+            error = max(error, _compare(model, executable, changed, bound, f"at batch size {other}"))
+        except VerificationError as problem:
+            if graph.fixed_batch is None:
+                raise
+            raise VerificationError(
+                f"{problem}. This model was captured for batch size {graph.fixed_batch} only and mixes the samples of a batch, "
+                "so it cannot run other batch sizes piece by piece; make it independent of the batch size"
+            ) from None
+    return error
+
+
+def _compare(model: nn.Module, executable: Executable, inputs: tuple[Tensor, ...], bound: float, where: str) -> float:
+    with torch.no_grad():
+        expected = _tensors(model(*[tensor.clone() for tensor in inputs]))
+        found = _tensors(executable(*inputs))
+    if len(expected) != len(found):
+        raise VerificationError(f"the model returns {len(expected)} tensors {where}, the executable {len(found)}")
+    worst = 0.0
+    for index, (want, got) in enumerate(zip(expected, found, strict=True)):
+        name = executable.graph.outputs[index] if len(executable.graph.outputs) == len(found) else str(index)
+        if want.shape != got.shape or want.dtype != got.dtype:
+            raise VerificationError(
+                f"output '{name}' {where} is {got.dtype}{tuple(got.shape)} instead of {want.dtype}{tuple(want.shape)}"
+            )
+        error = relative_error(got, want)
+        if not error <= bound:
+            raise VerificationError(
+                f"output '{name}' {where} differs from the model's by {error:.2e} of its scale; the bound is {bound:.0e}. "
+                "If that is rounding in an ill-conditioned model, pass a larger bound"
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest finite magnitude of what was expected.
+
+    inf and nan must be in the same places; for outputs that are not floating-point numbers it is the share of elements that differ.
+    """
+    if expected.numel() == 0:
+        return 0.0
+    if not expected.is_floating_point():
+        return (found != expected).double().mean().item()
+    want, got = expected.double(), found.double()
+    finite = want.isfinite()
+    if not torch.equal(
+        torch.where(finite, 0.0, want.nan_to_num(nan=7.0)), torch.where(finite, got * 0.0, got.nan_to_num(nan=7.0))
+    ):
+        return math.inf
+    difference = (got - want)[finite].abs()
+    scale = want[finite].abs().max().item() if bool(finite.any()) else 0.0
+    worst = difference.max().item() if difference.numel() else 0.0
+    return worst / scale if scale else worst
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+# ---- report
+
+
+def _report(
+    captured: Captured,
+    executable: Executable,
+    examples: tuple[Tensor, ...],
+    counts: Mapping[str, int],
+    bytes_before: int,
+    error: float | None,
+    bound: float,
+) -> Report:
+    graph = executable.graph
+    batch = executable._samples(list(examples))
+    planned = graph.fixed_batch if graph.fixed_batch is not None else batch
+    chosen = _choice_table(executable.choices)
+    layers: list[LayerReport] = []
+    total = native = zeros = weights = 0
+    for node in graph.nodes:
+        flops = node_flops(graph, node, planned)
+        total += flops
+        native += flops if executable.native and node.op != "fallback" else 0
+        if "weight" in node.params and node.op in ("conv2d", "linear"):
+            weight = graph.constants[node.params["weight"]]
+            weights += weight.numel()
+            zeros += weight.numel() - int(torch.count_nonzero(weight))
+        if not moves_only(node):
+            layers.append(_layer(graph, node, planned, flops, chosen.get(node.name, {}), captured.reasons, executable))
+    sparsity = zeros / weights if weights else 0.0
+    notes: list[str] = []
+    if not executable.native:
+        notes.append(f"running with PyTorch: {executable.native_reason}")
+    if zeros == 0:
+        notes.append(
+            "no weight is zero: this model is dense and gains nothing from sparsity; prune it first, e.g. with sparse_engine.prune"
+        )
+    elif sparsity < 0.5:
+        notes.append(f"only {sparsity:.1%} of the weights are zero; unstructured sparsity pays from about 70 %")
+    return Report(
+        layers=layers,
+        native_share=native / total if total else 1.0,
+        fallbacks={
+            node.name: captured.reasons.get(node.name, node.attrs["target"])
+            for node in graph.nodes
+            if node.op == "fallback"
+        },
+        sparsity=sparsity,
+        bytes_before=bytes_before,
+        bytes_after=sum(_packed_bytes(tensor) for tensor in graph.constants.values()),
+        max_error=error,
+        bound=float(bound),
+        batch=batch,
+        batch_sizes="any"
+        if captured.batch_reason is None
+        else f"captured for {graph.fixed_batch or 'one'} only ({captured.batch_reason})",
+        threads=executable.threads,
+        native=executable.native,
+        removed_channels=counts.get("dead channels", 0),
+        notes=notes,
+    )
+
+
+def _layer(
+    graph: Graph,
+    node: Node,
+    batch: int,
+    flops: int,
+    choice: Mapping[str, Any],
+    reasons: Mapping[str, str],
+    executable: Executable,
+) -> LayerReport:
+    structure, sparsity = None, None
+    if node.op in ("conv2d", "linear"):
+        weight = graph.constants[node.params["weight"]]
+        sparsity = 1 - int(torch.count_nonzero(weight)) / max(weight.numel(), 1)
+        structure = _structure(weight) if sparsity > 0 else "dense"
+    op = node.attrs["target"] if node.op == "fallback" else node.op
+    if node.op == "fallback":
+        kernel, reason = "pytorch", reasons.get(node.name, "")
+    else:
+        kernel = "native" if executable.native else "pytorch"
+        reason = ""
+    return LayerReport(
+        name=node.name,
+        op=op,
+        shape=shape_at(graph.values[node.output].shape, batch),
+        structure=structure,
+        sparsity=sparsity,
+        flops=flops,
+        kernel=str(choice.get("kernel", kernel)),
+        ms=choice.get("ms"),
+        dense_ms=choice.get("dense_ms"),
+        reason=str(choice.get("reason", reason)),
+    )
+
+
+def _choice_table(choices: Any) -> Mapping[str, Mapping[str, Any]]:
+    data = choices.to_json() if hasattr(choices, "to_json") else choices
+    if not isinstance(data, Mapping):
+        return {}
+    nodes = data.get("nodes", data)
+    return (
+        {name: entry for name, entry in nodes.items() if isinstance(entry, Mapping)}
+        if isinstance(nodes, Mapping)
+        else {}
+    )
+
+
+def _structure(weight: Tensor) -> str:
+    from sparse_engine.structure import detect
+
+    return str(detect(weight))
+
+
+def _packed_bytes(tensor: Tensor) -> int:
+    dense = tensor.numel() * tensor.element_size()
+    if tensor.dim() < 2 or not tensor.is_floating_point() or bool(torch.count_nonzero(tensor) == tensor.numel()):
+        return dense
+    from sparse_engine.packed import PackedWeight
+
+    return min(dense, PackedWeight.from_dense(tensor).nbytes)
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    seen = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}
+    return sum(seen.values())
