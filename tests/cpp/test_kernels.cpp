@@ -1,0 +1,465 @@
+// Every kernel of the table in use against the same sums in double precision. Outputs are poisoned before, and what lies behind them is
+// checked after.
+#include "check.h"
+#include "cpu/kernels.h"
+
+using namespace sparse_engine;
+using check::kPoison;
+using check::Random;
+using check::relative_error;
+
+namespace {
+
+constexpr double kBound = 1e-5;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+const int kPanels[] = {1, 2, 4, 8};
+
+struct Product {
+    int64_t rows, cols;
+    std::vector<int64_t> row_ptr{0};
+    std::vector<int32_t> col;
+    std::vector<float> values, dense;
+};
+
+Product random_product(int64_t rows, int64_t cols, double density, uint64_t seed) {
+    Random random(seed);
+    Product p{rows, cols, {0}, {}, {}, std::vector<float>(static_cast<size_t>(rows * cols), 0.0f)};
+    for (int64_t row = 0; row < rows; row++) {
+        double wanted = row % 6 == 4 ? 0.0 : density;
+        for (int64_t col = 0; col < cols; col++)
+            if (random.uniform() < wanted) {
+                float value = random.between(-1, 1);
+                p.col.push_back(static_cast<int32_t>(col)), p.values.push_back(value);
+                p.dense[static_cast<size_t>(row * cols + col)] = value;
+            }
+        p.row_ptr.push_back(static_cast<int64_t>(p.col.size()));
+    }
+    return p;
+}
+
+// out = clamp(bias + W X + residual) over a tile of `vectors` vectors, with the table's kernel for that shape.
+void check_spmm(const Product& p, int panel, bool dense, int vectors, int row_block, bool with_bias, bool with_residual, float low,
+                float high) {
+    const KernelTable& k = kernels();
+    const int log = panel == 8 ? 3 : panel == 4 ? 2 : panel == 2 ? 1 : 0, width = vectors * k.lanes, ld = width + 3;
+    SpmmKernel kernel = dense ? k.dense[log][vectors] : k.sparse[log][vectors];
+    CHECK(kernel != nullptr);
+    if (!kernel) return;
+    CsrView csr{p.rows, p.cols, p.row_ptr.data(), p.col.data()};
+    PanelOptions options{.panel = panel, .row_block = row_block};
+    PanelMatrix w = dense ? PanelMatrix(p.rows, p.cols, p.dense.data(), options) : PanelMatrix(csr, p.values.data(), options);
+
+    Random random(7);
+    std::vector<float> x = random.floats(static_cast<size_t>(p.cols * ld)), bias = random.floats(static_cast<size_t>(p.rows));
+    std::vector<float> residual = random.floats(static_cast<size_t>(p.rows * ld)), out(static_cast<size_t>(p.rows * ld), kPoison);
+    std::vector<double> expected(out.size());
+    for (int64_t row = 0; row < p.rows; row++)
+        for (int i = 0; i < width; i++) {
+            double sum = with_bias ? bias[static_cast<size_t>(row)] : 0.0;
+            if (with_residual) sum += residual[static_cast<size_t>(row * ld + i)];
+            for (int64_t c = 0; c < p.cols; c++)
+                sum += double(p.dense[static_cast<size_t>(row * p.cols + c)]) * x[static_cast<size_t>(c * ld + i)];
+            expected[static_cast<size_t>(row * ld + i)] = std::fmin(std::fmax(sum, low), high);
+        }
+    for (int block = 0; block < w.row_blocks; block++) {
+        int64_t row0 = block * w.block_rows();
+        for (int part = 0; part < w.parts; part++) {
+            const PanelSegment& segment = w.segment(block, part);
+            SpmmArgs a{};
+            a.runs = w.runs.data() + segment.run_begin, a.runs_end = w.runs.data() + segment.run_end;
+            a.panel_rows = w.panel_rows.data() + segment.row_begin;
+            a.index = w.index.data() + segment.index_begin, a.values = w.values.data() + segment.value_begin;
+            a.x = x.data() + int64_t(part) * w.options.part * ld, a.x_stride = static_cast<size_t>(ld);
+            a.out = out.data() + row0 * ld, a.out_stride = static_cast<size_t>(ld);
+            a.rows = static_cast<int>(std::min<int64_t>(w.block_rows(), p.rows - row0));
+            a.first = part == 0, a.last = part == w.parts - 1;
+            a.bias = with_bias ? bias.data() + row0 : nullptr;
+            a.residual = with_residual ? residual.data() + row0 * ld : nullptr, a.residual_stride = static_cast<size_t>(ld);
+            a.low = low, a.high = high;
+            kernel(a);
+        }
+    }
+    for (int64_t row = 0; row < p.rows; row++) {
+        double error = relative_error(out.data() + row * ld, expected.data() + row * ld, static_cast<size_t>(width));
+        if (!(error <= kBound * 10)) {  // a row may be all small; the whole is held to the bound below
+            std::ostringstream text;
+            text << "row " << row << " of " << p.rows << "x" << p.cols << ", panel " << panel << (dense ? " dense" : "") << ", " << vectors
+                 << " vectors: relative error " << error;
+            check::fail(__FILE__, __LINE__, text.str());
+        }
+        for (int i = width; i < ld; i++) CHECK(std::isnan(out[static_cast<size_t>(row * ld + i)]));  // nothing behind the tile is touched
+        for (int i = width; i < ld; i++) out[static_cast<size_t>(row * ld + i)] = 0;
+    }
+    CHECK(relative_error(out.data(), expected.data(), out.size()) <= kBound);
+}
+
+void check_map(Activation kind, float p0, float p1, double (*reference)(double, double, double), float low, float high,
+               double bound = kBound) {
+    Random random(static_cast<uint64_t>(kind) + 1);
+    for (int64_t n : {0, 1, 7, 8, 9, 15, 16, 17, 31, 100, 1000}) {
+        std::vector<float> x = random.floats(static_cast<size_t>(n), low, high), y(static_cast<size_t>(n) + 4, kPoison);
+        std::vector<double> expected;
+        for (float value : x) expected.push_back(reference(value, p0, p1));
+        kernels().activate(kind, p0, p1, x.data(), y.data(), n);
+        double error = relative_error(y.data(), expected.data(), static_cast<size_t>(n));
+        if (!(error <= bound))
+            check::fail(__FILE__, __LINE__, "activation " + std::to_string(int(kind)) + ": relative error " + std::to_string(error));
+        for (int i = 0; i < 4; i++) CHECK(std::isnan(y[static_cast<size_t>(n + i)]));
+        kernels().activate(kind, p0, p1, x.data(), x.data(), n);  // in place
+        y.resize(static_cast<size_t>(n));
+        CHECK(x == y);
+    }
+}
+
+}  // namespace
+
+TEST(the_table_is_the_one_asked_for) {
+    CHECK_EQUAL(std::string(kernels().name), to_string(active_isa()));
+    CHECK(kernels().lanes == 8 || kernels().lanes == 16);
+    for (int log = 0; log < 4; log++) {
+        CHECK(kernels().max_vectors[log] >= 1 && kernels().max_vectors[log] <= kMaxVectors);
+        for (int vectors = 1; vectors <= kernels().max_vectors[log]; vectors++)
+            CHECK(kernels().sparse[log][vectors] && kernels().dense[log][vectors]);
+    }
+}
+
+TEST(sparse_products) {
+    for (int log = 0; log < 4; log++)
+        for (int vectors = 1; vectors <= kernels().max_vectors[log]; vectors++)
+            for (double density : {0.0, 0.02, 0.1, 0.5, 1.0})
+                check_spmm(random_product(37, 300, density, 3), kPanels[log], false, vectors, 16, true, true, -kInfinity, kInfinity);
+}
+
+TEST(dense_products) {
+    for (int log = 0; log < 4; log++)
+        for (int vectors = 1; vectors <= kernels().max_vectors[log]; vectors++)
+            check_spmm(random_product(29, 261, 1.0, 4), kPanels[log], true, vectors, 0, true, true, -kInfinity, kInfinity);
+}
+
+TEST(products_with_every_epilogue) {
+    for (int panel : kPanels)
+        for (bool dense : {false, true})
+            for (bool bias : {false, true})
+                for (bool residual : {false, true})
+                    for (float low : {-kInfinity, 0.0f})
+                        check_spmm(random_product(13, 70, 0.3, 5), panel, dense, 1, 0, bias, residual, low, low == 0 ? 0.5f : kInfinity);
+}
+
+TEST(products_of_odd_shapes) {
+    for (int panel : kPanels)
+        for (int64_t rows : {1, 2, 3, 9})
+            for (int64_t cols : {1, 2, 3, 4, 5, 255, 256, 257, 513})
+                check_spmm(random_product(rows, cols, 0.4, static_cast<uint64_t>(rows * cols)), panel, false, 1, 0, true, false, -kInfinity,
+                           kInfinity);
+}
+
+TEST(nan_and_infinity_pass_through_the_clamp) {
+    Product p = random_product(1, 1, 1.0, 1);
+    p.values[0] = 1.0f;
+    PanelMatrix w(CsrView{1, 1, p.row_ptr.data(), p.col.data()}, p.values.data(), {});
+    const int lanes = kernels().lanes;
+    std::vector<float> x(static_cast<size_t>(lanes), kPoison), out(static_cast<size_t>(lanes), 0.0f);
+    x[1] = kInfinity, x[2] = -kInfinity;
+    SpmmArgs a{};
+    a.runs = w.runs.data(), a.runs_end = w.runs.data() + w.runs.size(), a.panel_rows = w.panel_rows.data(), a.index = w.index.data(),
+    a.values = w.values.data();
+    a.x = x.data(), a.x_stride = static_cast<size_t>(lanes), a.out = out.data(), a.out_stride = static_cast<size_t>(lanes), a.rows = 1,
+    a.first = a.last = true;
+    a.low = 0, a.high = 6;
+    kernels().sparse[0][1](a);
+    CHECK(std::isnan(out[0]));
+    CHECK_EQUAL(out[1], 6.0f);
+    CHECK_EQUAL(out[2], 0.0f);
+}
+
+TEST(transposes_there_and_back) {
+    const KernelTable& k = kernels();
+    for (int n : {1, 5, 16, 17, 40})
+        for (int columns : {1, 3, 16, 33}) {
+            int width = (n + k.lanes - 1) / k.lanes * k.lanes;
+            size_t ld = static_cast<size_t>(columns) + 2;
+            std::vector<float> x = Random(static_cast<uint64_t>(n * columns)).floats(static_cast<size_t>(n) * ld);
+            std::vector<float> tile(static_cast<size_t>(columns * width), kPoison), back(static_cast<size_t>(n) * ld, kPoison);
+            k.transpose_in(x.data(), ld, n, columns, tile.data(), width);
+            for (int c = 0; c < columns; c++)
+                for (int i = 0; i < width; i++)
+                    CHECK_EQUAL(tile[static_cast<size_t>(c * width + i)],
+                                i < n ? x[static_cast<size_t>(i) * ld + static_cast<size_t>(c)] : 0.0f);
+            k.transpose_out(tile.data(), width, columns, n, back.data(), ld);
+            for (int i = 0; i < n; i++)
+                for (size_t c = 0; c < ld; c++) {
+                    float value = back[static_cast<size_t>(i) * ld + c];
+                    CHECK(c < static_cast<size_t>(columns) ? value == x[static_cast<size_t>(i) * ld + c] : std::isnan(value));
+                }
+        }
+}
+
+TEST(im2col_by_shifts_and_by_gathering) {
+    const KernelTable& k = kernels();
+    // A 3×3 convolution with padding 1 on a plane of 7×9 pixels, three channels.
+    const int height = 7, width = 9, pixels = height * width, channels = 3, taps = 9, groups = (pixels + 15) / 16 + 1;
+    const size_t channel_stride = 96;
+    std::vector<float> storage = Random(3).floats(channel_stride * (channels + 2));
+    const float* x = storage.data() + channel_stride;
+    std::vector<int64_t> offset;
+    std::vector<uint16_t> mask(static_cast<size_t>(taps * groups), 0);
+    std::vector<int32_t> gather(static_cast<size_t>(taps * 256), -1);
+    for (int tap = 0; tap < taps; tap++) {
+        int dy = tap / 3 - 1, dx = tap % 3 - 1;
+        offset.push_back(dy * width + dx);
+        for (int p = 0; p < pixels; p++) {
+            int y = p / width + dy, z = p % width + dx;
+            if (y < 0 || y >= height || z < 0 || z >= width) continue;
+            mask[static_cast<size_t>(tap * groups + p / 16)] =
+                static_cast<uint16_t>(mask[static_cast<size_t>(tap * groups + p / 16)] | 1u << (p % 16));
+            gather[static_cast<size_t>(tap * 256 + p)] = y * width + z;
+        }
+    }
+    for (bool by_gather : {false, true})
+        for (int vectors = 1; vectors <= 64 / k.lanes && vectors <= kMaxVectors; vectors++)
+            for (int first : {0, 4, 20}) {
+                int columns = channels * taps - first, across = vectors * k.lanes;
+                std::vector<float> tile(static_cast<size_t>(columns * across), kPoison);
+                Im2colArgs a{};
+                a.x = x, a.channel_stride = channel_stride, a.taps = taps, a.tap_offset = offset.data(), a.tap_mask = mask.data(),
+                a.mask_stride = groups;
+                a.gather = by_gather ? gather.data() : nullptr, a.gather_stride = 256;
+                a.channel0 = first / taps, a.tap0 = first % taps, a.columns = columns, a.pixel0 = 0, a.vectors = vectors,
+                a.tile = tile.data();
+                k.im2col(a);
+                for (int c = 0; c < columns; c++)
+                    for (int i = 0; i < across; i++) {
+                        int channel = (first + c) / taps, source = gather[static_cast<size_t>((first + c) % taps * 256 + i)];
+                        float expected = source < 0 ? 0.0f : x[static_cast<size_t>(channel) * channel_stride + static_cast<size_t>(source)];
+                        CHECK_EQUAL(tile[static_cast<size_t>(c * across + i)], expected);
+                    }
+            }
+}
+
+TEST(matrix_times_vector) {
+    for (double density : {0.0, 0.1, 1.0})
+        for (int64_t cols : {1, 15, 16, 17, 100}) {
+            Product p = random_product(11, cols, density, static_cast<uint64_t>(cols));
+            Random random(9);
+            std::vector<float> x = random.floats(static_cast<size_t>(cols)), bias = random.floats(11), residual = random.floats(11);
+            std::vector<double> expected;
+            for (int64_t row = 0; row < 11; row++) {
+                double sum = double(bias[static_cast<size_t>(row)]) + residual[static_cast<size_t>(row)];
+                for (int64_t c = 0; c < cols; c++) sum += double(p.dense[static_cast<size_t>(row * cols + c)]) * x[static_cast<size_t>(c)];
+                expected.push_back(std::fmin(std::fmax(sum, -0.25), 0.75));
+            }
+            std::vector<float> sparse(12, kPoison), dense(12, kPoison);
+            // In two calls, as two threads would.
+            for (auto [from, to] : {std::pair<int64_t, int64_t>{0, 5}, {5, 11}}) {
+                kernels().spmv(p.row_ptr.data(), p.col.data(), p.values.data(), from, to, x.data(), sparse.data(), bias.data(),
+                               residual.data(), -0.25f, 0.75f);
+                kernels().gemv(p.dense.data(), cols, from, to, x.data(), dense.data(), bias.data(), residual.data(), -0.25f, 0.75f);
+            }
+            CHECK(relative_error(sparse.data(), expected.data(), 11) <= kBound);
+            CHECK(relative_error(dense.data(), expected.data(), 11) <= kBound);
+            CHECK(std::isnan(sparse[11]) && std::isnan(dense[11]));
+        }
+}
+
+TEST(products_sampled_at_a_pattern) {
+    const int width = 5 * kernels().lanes;
+    Product p = random_product(9, 40, 0.2, 8);
+    std::vector<float> dy = Random(1).floats(static_cast<size_t>(9 * width)), x = Random(2).floats(static_cast<size_t>(40 * width));
+    std::vector<float> out(p.col.size(), 0.5f);  // it adds
+    std::vector<int64_t> cursor(p.row_ptr.begin(), p.row_ptr.end() - 1);
+    // Two parts of the columns, the way a caller goes through x tile by tile.
+    for (auto [from, to] : {std::pair<int32_t, int32_t>{0, 25}, {25, 40}})
+        kernels().sddmm(0, 9, p.row_ptr.data() + 1, cursor.data(), p.col.data(), from, to, dy.data(), static_cast<size_t>(width),
+                        x.data() + from * width, static_cast<size_t>(width), width, out.data());
+    std::vector<double> expected;
+    for (int64_t row = 0; row < 9; row++)
+        for (int64_t e = p.row_ptr[static_cast<size_t>(row)]; e < p.row_ptr[static_cast<size_t>(row) + 1]; e++) {
+            double sum = 0.5;
+            for (int i = 0; i < width; i++)
+                sum += double(dy[static_cast<size_t>(row * width + i)]) * x[static_cast<size_t>(p.col[static_cast<size_t>(e)] * width + i)];
+            expected.push_back(sum);
+        }
+    CHECK(relative_error(out.data(), expected.data(), out.size()) <= kBound);
+    for (size_t row = 0; row < 9; row++) CHECK_EQUAL(cursor[row], p.row_ptr[row + 1]);
+}
+
+TEST(activations) {
+    using D = double;
+    check_map(Activation::none, 0, 0, [](D x, D, D) { return x; }, -5, 5, 0);
+    check_map(Activation::clamp, -1, 2, [](D x, D a, D b) { return std::fmin(std::fmax(x, a), b); }, -5, 5, 0);
+    check_map(Activation::leaky_relu, 0.01f, 0, [](D x, D a, D) { return x > 0 ? x : a * x; }, -5, 5);
+    check_map(Activation::gelu, 0, 0, [](D x, D, D) { return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0))); }, -6, 6);
+    check_map(
+        Activation::gelu_tanh, 0, 0,
+        [](D x, D, D) { return 0.5 * x * (1 + std::tanh(std::sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x))); }, -6, 6);
+    check_map(Activation::silu, 0, 0, [](D x, D, D) { return x / (1 + std::exp(-x)); }, -10, 10);
+    check_map(Activation::hardswish, 0, 0, [](D x, D, D) { return x * std::fmin(std::fmax(x + 3, 0.0), 6.0) / 6; }, -5, 5);
+    check_map(Activation::hardsigmoid, 0, 0, [](D x, D, D) { return std::fmin(std::fmax(x + 3, 0.0), 6.0) / 6; }, -5, 5);
+    check_map(Activation::sigmoid, 0, 0, [](D x, D, D) { return 1 / (1 + std::exp(-x)); }, -30, 30);
+    check_map(Activation::tanh, 0, 0, [](D x, D, D) { return std::tanh(x); }, -10, 10);
+    check_map(Activation::elu, 1.5f, 0, [](D x, D a, D) { return x > 0 ? x : a * std::expm1(x); }, -5, 5);
+    check_map(Activation::softplus, 2, 20, [](D x, D b, D t) { return x * b > t ? x : std::log1p(std::exp(x * b)) / b; }, -15, 15);
+    check_map(Activation::exp, 0, 0, [](D x, D, D) { return std::exp(x); }, -20, 20);
+    check_map(Activation::exp, 0, 0, [](D x, D, D) { return std::exp(x); }, 80, 88);
+    check_map(Activation::sqrt, 0, 0, [](D x, D, D) { return std::sqrt(x); }, 0, 5);
+    check_map(Activation::rsqrt, 0, 0, [](D x, D, D) { return 1 / std::sqrt(x); }, 0.01f, 5);
+    check_map(Activation::neg, 0, 0, [](D x, D, D) { return -x; }, -5, 5, 0);
+    check_map(Activation::abs, 0, 0, [](D x, D, D) { return std::fabs(x); }, -5, 5, 0);
+    check_map(Activation::reciprocal, 0, 0, [](D x, D, D) { return 1 / x; }, 0.1f, 5);
+    check_map(Activation::square, 0, 0, [](D x, D, D) { return x * x; }, -5, 5);
+    check_map(Activation::log, 0, 0, [](D x, D, D) { return std::log(x); }, 0.01f, 50);
+    check_map(Activation::erf, 0, 0, [](D x, D, D) { return std::erf(x); }, -4, 4);
+}
+
+TEST(activations_at_the_edges) {
+    auto one = [](Activation kind, float x) {
+        float y = kPoison;
+        kernels().activate(kind, 1, 20, &x, &y, 1);
+        return y;
+    };
+    CHECK_EQUAL(one(Activation::exp, -kInfinity), 0.0f);
+    CHECK_EQUAL(one(Activation::exp, kInfinity), kInfinity);
+    CHECK_EQUAL(one(Activation::exp, 0.0f), 1.0f);
+    CHECK_EQUAL(one(Activation::sigmoid, -kInfinity), 0.0f);
+    CHECK_EQUAL(one(Activation::sigmoid, 200.0f), 1.0f);
+    CHECK_EQUAL(one(Activation::tanh, kInfinity), 1.0f);
+    CHECK_EQUAL(one(Activation::tanh, -kInfinity), -1.0f);
+    CHECK_EQUAL(one(Activation::gelu, 50.0f), 50.0f);
+    CHECK_EQUAL(one(Activation::gelu, 0.0f), 0.0f);
+    CHECK_EQUAL(one(Activation::erf, 0.0f), 0.0f);
+    for (Activation kind :
+         {Activation::clamp, Activation::gelu, Activation::silu, Activation::sigmoid, Activation::tanh, Activation::exp,
+          Activation::hardswish, Activation::elu, Activation::leaky_relu, Activation::square, Activation::erf, Activation::softplus})
+        CHECK(std::isnan(one(kind, kPoison)));
+}
+
+TEST(two_operands) {
+    for (int kind = 0; kind < static_cast<int>(Binary::count); kind++)
+        for (int a_step : {0, 1})
+            for (int b_step : {0, 1})
+                for (int64_t n : {1, 8, 13, 16, 35}) {
+                    std::vector<float> a = Random(1).floats(static_cast<size_t>(n), 0.5f, 2),
+                                       b = Random(2).floats(static_cast<size_t>(n), 0.5f, 2);
+                    std::vector<float> y(static_cast<size_t>(n) + 1, kPoison);
+                    std::vector<double> expected;
+                    for (int64_t i = 0; i < n; i++) {
+                        double u = a[static_cast<size_t>(i * a_step)], v = b[static_cast<size_t>(i * b_step)];
+                        const double results[] = {u + v, u - v, u * v, u / v, std::fmax(u, v), std::fmin(u, v), std::pow(u, v)};
+                        expected.push_back(results[kind]);
+                    }
+                    kernels().binary(static_cast<Binary>(kind), a.data(), a_step, b.data(), b_step, y.data(), n);
+                    CHECK(relative_error(y.data(), expected.data(), static_cast<size_t>(n)) <= kBound);
+                    CHECK(std::isnan(y[static_cast<size_t>(n)]));
+                }
+    for (Binary kind : {Binary::maximum, Binary::minimum}) {  // as in PyTorch, NaN on either side wins
+        float one = 1, nan = kPoison, y = 0;
+        kernels().binary(kind, &one, 1, &nan, 1, &y, 1);
+        CHECK(std::isnan(y));
+        y = 0;
+        kernels().binary(kind, &nan, 1, &one, 1, &y, 1);
+        CHECK(std::isnan(y));
+    }
+}
+
+TEST(reductions) {
+    for (int64_t n : {1, 7, 16, 63, 64, 65, 1000}) {
+        std::vector<float> x = Random(static_cast<uint64_t>(n)).floats(static_cast<size_t>(n), 0.1f, 1);
+        double sum = 0, largest = x[0];
+        for (float value : x) sum += value, largest = std::fmax(largest, value);
+        CHECK(std::fabs(kernels().reduce_sum(x.data(), n) - sum) <= kBound * sum);
+        CHECK_EQUAL(kernels().reduce_max(x.data(), n), static_cast<float>(largest));
+        x[static_cast<size_t>(n / 2)] = kPoison;
+        CHECK(std::isnan(kernels().reduce_max(x.data(), n)));
+        CHECK(std::isnan(kernels().reduce_sum(x.data(), n)));
+    }
+}
+
+TEST(softmax_by_row_and_by_column) {
+    const int64_t length = 19, width = 21, stride = 24;
+    std::vector<float> x = Random(5).floats(static_cast<size_t>(length * stride), -30, 30),
+                       y(static_cast<size_t>(length * stride), kPoison);
+    for (int64_t k = 0; k < length; k++) x[static_cast<size_t>(k * stride + 3)] += 500;  // large values must not overflow
+    kernels().softmax_columns(x.data(), stride, length, y.data(), stride, width);
+    for (int64_t i = 0; i < width; i++) {
+        std::vector<float> row, column_result, row_result(static_cast<size_t>(length), kPoison);
+        std::vector<double> expected;
+        double top = -1e30, total = 0;
+        for (int64_t k = 0; k < length; k++) row.push_back(x[static_cast<size_t>(k * stride + i)]), top = std::fmax(top, row.back());
+        for (float value : row) expected.push_back(std::exp(value - top)), total += expected.back();
+        for (double& value : expected) value /= total;
+        for (int64_t k = 0; k < length; k++) column_result.push_back(y[static_cast<size_t>(k * stride + i)]);
+        kernels().softmax_row(row.data(), length, row_result.data());
+        CHECK(relative_error(column_result.data(), expected.data(), static_cast<size_t>(length)) <= kBound);
+        CHECK(relative_error(row_result.data(), expected.data(), static_cast<size_t>(length)) <= kBound);
+    }
+    for (int64_t k = 0; k < length; k++)
+        for (int64_t i = width; i < stride; i++) CHECK(std::isnan(y[static_cast<size_t>(k * stride + i)]));
+    // Some entries masked with -infinity: they get exactly 0.
+    std::vector<float> masked{1.0f, -kInfinity, 2.0f}, out(3, kPoison);
+    kernels().softmax_row(masked.data(), 3, out.data());
+    CHECK_EQUAL(out[1], 0.0f);
+    CHECK(std::fabs(out[0] + out[2] - 1) < 1e-6f);
+}
+
+TEST(layer_norm_by_row_and_by_column) {
+    const int64_t length = 37, width = 19, stride = 21;
+    std::vector<float> x = Random(6).floats(static_cast<size_t>(length * stride), 2, 5), weight = Random(7).floats(length),
+                       bias = Random(8).floats(length);
+    for (bool affine : {false, true}) {
+        std::vector<float> y(static_cast<size_t>(length * stride), kPoison);
+        const float *w = affine ? weight.data() : nullptr, *b = affine ? bias.data() : nullptr;
+        kernels().layer_norm_columns(x.data(), stride, length, w, b, 1e-5f, y.data(), stride, width);
+        for (int64_t i = 0; i < width; i++) {
+            std::vector<float> row, column_result, row_result(static_cast<size_t>(length), kPoison);
+            std::vector<double> expected;
+            double mean = 0, variance = 0;
+            for (int64_t k = 0; k < length; k++) row.push_back(x[static_cast<size_t>(k * stride + i)]), mean += row.back();
+            mean /= length;
+            for (float value : row) variance += (value - mean) * (value - mean) / length;
+            for (int64_t k = 0; k < length; k++) {
+                expected.push_back((row[static_cast<size_t>(k)] - mean) / std::sqrt(variance + 1e-5));
+                if (affine) expected.back() = expected.back() * weight[static_cast<size_t>(k)] + bias[static_cast<size_t>(k)];
+                column_result.push_back(y[static_cast<size_t>(k * stride + i)]);
+            }
+            kernels().layer_norm_row(row.data(), length, w, b, 1e-5f, row_result.data());
+            CHECK(relative_error(column_result.data(), expected.data(), static_cast<size_t>(length)) <= kBound);
+            CHECK(relative_error(row_result.data(), expected.data(), static_cast<size_t>(length)) <= kBound);
+        }
+    }
+}
+
+TEST(strided_rows_of_pooling) {
+    for (int64_t step : {1, 2, 3})
+        for (int64_t n : {1, 7, 16, 17, 33}) {
+            std::vector<float> x = Random(1).floats(static_cast<size_t>((n - 1) * step + 1)),
+                               start = Random(2).floats(static_cast<size_t>(n) + 1);
+            std::vector<float> copied(static_cast<size_t>(n) + 1, kPoison), largest = start, sum = start;
+            kernels().copy(x.data(), step, copied.data(), n);
+            kernels().max_into(x.data(), step, largest.data(), n);
+            kernels().add_into(x.data(), step, sum.data(), n);
+            for (int64_t i = 0; i < n; i++) {
+                size_t at = static_cast<size_t>(i);
+                float value = x[static_cast<size_t>(i * step)];
+                CHECK_EQUAL(copied[at], value);
+                CHECK_EQUAL(largest[at], std::fmax(start[at], value));
+                CHECK_EQUAL(sum[at], start[at] + value);
+            }
+            CHECK(std::isnan(copied[static_cast<size_t>(n)]));
+            CHECK_EQUAL(largest[static_cast<size_t>(n)], start[static_cast<size_t>(n)]);
+            CHECK_EQUAL(sum[static_cast<size_t>(n)], start[static_cast<size_t>(n)]);
+        }
+    for (bool nan_first : {true, false}) {
+        std::vector<float> x(16, nan_first ? 1.0f : kPoison), y(16, nan_first ? kPoison : 1.0f);
+        kernels().max_into(x.data(), 1, y.data(), 16);
+        for (float value : y) CHECK(std::isnan(value));
+    }
+}
+
+TEST(scale_and_shift) {
+    std::vector<float> x = Random(4).floats(45), y(46, kPoison);
+    std::vector<double> expected;
+    for (float value : x) expected.push_back(double(value) * 1.5 - 0.25);
+    kernels().scale_shift(x.data(), 1.5f, -0.25f, y.data(), 45);
+    CHECK(relative_error(y.data(), expected.data(), 45) <= kBound);
+    CHECK(std::isnan(y[45]));
+}
