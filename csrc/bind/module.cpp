@@ -1,0 +1,497 @@
+// The Python module `_C`: thin. It checks what comes in, releases the GIL and calls the core. Memory crosses as addresses
+// (tensor.data_ptr()).
+#include <pybind11/functional.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "core/cpu_features.h"
+#include "core/thread_pool.h"
+#include "runtime/layers.h"
+#include "runtime/linear_operator.h"
+#include "runtime/plan.h"
+#include "runtime/tensor_ops.h"
+
+namespace py = pybind11;
+using namespace sparse_engine;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+using Release = py::call_guard<py::gil_scoped_release>;
+// buffer, offset in floats
+using PyRef = std::pair<int, int64_t>;
+// buffer, offset, sizes, strides
+using PyView = std::tuple<int, int64_t, std::vector<int64_t>, std::vector<int64_t>>;
+// kind, first and second parameter
+using PyActivation = std::tuple<std::string, float, float>;
+
+template <class T>
+std::vector<T> to_vector(const Array<T>& a) {
+    return {a.data(), a.data() + a.size()};
+}
+
+float* address(uintptr_t p) { return reinterpret_cast<float*>(p); }
+
+template <class E>
+E named(const std::string& name, const std::vector<std::string>& names, const char* what) {
+    for (size_t i = 0; i < names.size(); i++)
+        if (names[i] == name) return static_cast<E>(i);
+    throw std::invalid_argument(std::string("unknown ") + what + " '" + name + "'");
+}
+
+const std::vector<std::string> kActivations = {"none",        "clamp",   "leaky_relu", "gelu",       "gelu_tanh", "silu", "hardswish",
+                                               "hardsigmoid", "sigmoid", "tanh",       "elu",        "softplus",  "exp",  "sqrt",
+                                               "rsqrt",       "neg",     "abs",        "reciprocal", "square",    "log",  "erf"};
+const std::vector<std::string> kBinaries = {"add", "sub", "mul", "div", "maximum", "minimum", "pow"};
+const std::vector<std::string> kReductions = {"mean", "sum", "amax", "amin"};
+
+Epilogue epilogue(const PyActivation& a) {
+    Epilogue e;
+    e.kind = named<Activation>(std::get<0>(a), kActivations, "activation");
+    e.p0 = std::get<1>(a), e.p1 = std::get<2>(a);
+    return e;
+}
+
+Ref ref(const PyRef& r) { return {r.first, r.second}; }
+
+using FloatVector = std::shared_ptr<const std::vector<float>>;
+FloatVector optional_floats(const std::optional<Array<float>>& a) {
+    return a ? std::make_shared<const std::vector<float>>(to_vector(*a)) : nullptr;
+}
+
+// A weight in one kernel's layout, shared by the plans of every batch size.
+struct Weight {
+    std::shared_ptr<const PanelMatrix> panels;
+    std::shared_ptr<std::vector<int64_t>> row_ptr;  // vector layout
+    std::shared_ptr<std::vector<int32_t>> col;
+    FloatVector values;
+    int64_t rows = 0, cols = 0;
+    int64_t nbytes() const {
+        if (panels) return panels->nbytes();
+        return static_cast<int64_t>((row_ptr ? row_ptr->size() * 8 + col->size() * 4 : 0) + values->size() * 4);
+    }
+};
+
+struct PlanBuilder {
+    std::shared_ptr<Plan> plan;
+    int64_t arena_floats;
+    std::vector<int64_t> external_floats;
+
+    PlanBuilder(int64_t arena, std::vector<int64_t> externals)
+        : plan(std::make_shared<Plan>(arena, static_cast<int>(externals.size()))),
+          arena_floats(arena),
+          external_floats(std::move(externals)) {}
+
+    int64_t floats(int buffer) const {
+        if (buffer < 0 || buffer > static_cast<int>(external_floats.size()))
+            throw std::invalid_argument("buffer " + std::to_string(buffer) + " does not exist");
+        return buffer == 0 ? arena_floats : external_floats[buffer - 1];
+    }
+    // Every place that a node may touch lies inside its buffer.
+    void check(int buffer, int64_t first, int64_t last) const {
+        if (first < 0 || last >= floats(buffer))
+            throw std::invalid_argument("a node would touch floats " + std::to_string(first) + " to " + std::to_string(last) +
+                                        " of buffer " + std::to_string(buffer) + ", which has " + std::to_string(floats(buffer)));
+    }
+    View view(const PyView& v) const {
+        View r{{std::get<0>(v), std::get<1>(v)}, std::get<2>(v), std::get<3>(v)};
+        if (r.sizes.size() != r.strides.size()) throw std::invalid_argument("sizes and strides differ in length");
+        int64_t last = r.ref.offset;
+        for (size_t i = 0; i < r.sizes.size(); i++) {
+            if (r.sizes[i] < 0 || r.strides[i] < 0) throw std::invalid_argument("negative size or stride");
+            if (r.sizes[i] == 0) return r;
+            last += (r.sizes[i] - 1) * r.strides[i];
+        }
+        check(r.ref.buffer, r.ref.offset, last);
+        return r;
+    }
+    void check_planes(const PyRef& r, int64_t rows, int64_t stride, int64_t pixels) const {
+        if (rows > 0 && pixels > 0) check(r.first, r.second, r.second + (rows - 1) * stride + pixels - 1);
+    }
+    template <class N>
+    void add(const std::string& name, std::unique_ptr<N> node) {
+        node->name = name;
+        plan->add(std::move(node));
+    }
+};
+
+ConvGeometry geometry(const py::dict& d) {
+    ConvGeometry g;
+    auto get = [&](const char* key) { return d[key].cast<int64_t>(); };
+    auto pair = [&](const char* key) { return d[key].cast<std::pair<int64_t, int64_t>>(); };
+    if (d.contains("n")) g.batch = get("n");
+    if (d.contains("h")) g.height = get("h");
+    if (d.contains("w")) g.width = get("w");
+    g.channels = get("c"), g.kernel_h = get("r"), g.kernel_w = get("s");
+    std::tie(g.stride_h, g.stride_w) = pair("stride");
+    std::tie(g.dilation_h, g.dilation_w) = pair("dilation");
+    auto padding = d["padding"].cast<std::array<int64_t, 4>>();
+    g.pad_top = padding[0], g.pad_left = padding[1], g.pad_bottom = padding[2], g.pad_right = padding[3];
+    return g;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "The C++ core of sparse_engine.";
+
+    m.def("cpu_info", [] {
+        const CpuInfo& c = cpu_info();
+        py::dict d;
+        std::vector<std::string> available = {"portable"}, features;
+        if (c.best_isa >= Isa::avx2) available.push_back("avx2");
+        if (c.best_isa >= Isa::avx512) available.push_back("avx512");
+        auto feature = [&](const char* name, bool has) {
+            if (has) features.push_back(name);
+        };
+        feature("avx", c.avx), feature("avx2", c.avx2), feature("fma", c.fma), feature("f16c", c.f16c), feature("avx512f", c.avx512f),
+            feature("avx512bw", c.avx512bw);
+        feature("avx512dq", c.avx512dq), feature("avx512vl", c.avx512vl), feature("avx512_vnni", c.avx512_vnni),
+            feature("avx512_bf16", c.avx512_bf16);
+        d["isa"] = to_string(active_isa());
+        d["available"] = available;
+        d["vendor"] = c.vendor, d["model"] = c.model, d["cores"] = c.available_cpus;
+        d["l1d"] = c.l1d_bytes, d["l2"] = c.l2_bytes, d["l3"] = c.l3_bytes, d["features"] = features;
+        d["lanes"] = kernels().lanes;
+        return d;
+    });
+    m.def("set_num_threads", &set_num_threads, py::arg("n"),
+          "Threads for calls that start from now on; 0 = one per core that this process may use.");
+    m.def("get_num_threads", &num_threads);
+    m.def("padded_pixels", &padded_pixels, "Floats from one channel plane of so many pixels to the next.");
+
+    // -------------------------------------------------------------------------------------------------------- layers
+
+    py::class_<LinearLayer, std::shared_ptr<LinearLayer>>(m, "Linear")
+        .def(py::init([](const Array<int64_t>& row_ptr, const Array<int32_t>& col, int64_t rows, int64_t cols) {
+                 return std::make_shared<LinearLayer>(to_vector(row_ptr), to_vector(col), rows, cols);
+             }),
+             py::arg("row_ptr"), py::arg("cols"), py::arg("rows"), py::arg("cols_count"))
+        .def(
+            "set_values", [](LinearLayer& l, uintptr_t p, int64_t n) { l.set_values(address(p), n); }, Release())
+        .def(
+            "forward",
+            [](LinearLayer& l, uintptr_t x, int64_t ldx, int64_t n, uintptr_t y, int64_t ldy, uintptr_t bias) {
+                l.forward(address(x), ldx, n, address(y), ldy, address(bias));
+            },
+            py::arg("x"), py::arg("ldx"), py::arg("n"), py::arg("y"), py::arg("ldy"), py::arg("bias") = 0, Release())
+        .def(
+            "input_grad",
+            [](LinearLayer& l, uintptr_t dy, int64_t lddy, int64_t n, uintptr_t dx, int64_t lddx) {
+                l.input_grad(address(dy), lddy, n, address(dx), lddx);
+            },
+            Release())
+        .def(
+            "weight_grad",
+            [](LinearLayer& l, uintptr_t dy, int64_t lddy, uintptr_t x, int64_t ldx, int64_t n, uintptr_t dv) {
+                l.weight_grad(address(dy), lddy, address(x), ldx, n, address(dv));
+            },
+            Release())
+        .def_property_readonly("nbytes", &LinearLayer::nbytes)
+        .def_property_readonly("nnz", &LinearLayer::nnz);
+
+    py::class_<ConvLayer, std::shared_ptr<ConvLayer>>(m, "Conv2d")
+        .def(py::init([](const Array<int64_t>& row_ptr, const Array<int32_t>& col, const py::dict& g) {
+                 return std::make_shared<ConvLayer>(to_vector(row_ptr), to_vector(col), g["m"].cast<int64_t>(), g["groups"].cast<int64_t>(),
+                                                    geometry(g));
+             }),
+             py::arg("row_ptr"), py::arg("cols"), py::arg("geometry"))
+        .def(
+            "set_values", [](ConvLayer& l, uintptr_t p, int64_t n) { l.set_values(address(p), n); }, Release())
+        .def(
+            "forward",
+            [](ConvLayer& l, uintptr_t x, int64_t n, int64_t h, int64_t w, uintptr_t y, uintptr_t bias) {
+                l.forward(address(x), n, h, w, address(y), address(bias));
+            },
+            py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("y"), py::arg("bias") = 0, Release())
+        .def(
+            "input_grad",
+            [](ConvLayer& l, uintptr_t dy, int64_t n, int64_t h, int64_t w, uintptr_t dx) {
+                l.input_grad(address(dy), n, h, w, address(dx));
+            },
+            Release())
+        .def(
+            "weight_grad",
+            [](ConvLayer& l, uintptr_t dy, uintptr_t x, int64_t n, int64_t h, int64_t w, uintptr_t dv) {
+                l.weight_grad(address(dy), address(x), n, h, w, address(dv));
+            },
+            Release())
+        .def_property_readonly("nbytes", &ConvLayer::nbytes)
+        .def_property_readonly("nnz", &ConvLayer::nnz);
+
+    // -------------------------------------------------------------------------------------------------------- plans
+
+    py::class_<Weight, std::shared_ptr<Weight>>(m, "Weight")
+        .def_static(
+            "sparse",
+            [](const Array<int64_t>& row_ptr, const Array<int32_t>& col, const Array<float>& values, int64_t cols, int panel, int part,
+               int row_block) {
+                auto w = std::make_shared<Weight>();
+                if (row_ptr.size() < 1 || col.size() != values.size())
+                    throw std::invalid_argument("row_ptr is empty, or columns and values differ in number");
+                CsrView csr{row_ptr.size() - 1, cols, row_ptr.data(), col.data()};
+                for (int64_t r = 0; r < csr.rows; r++)
+                    if (row_ptr.data()[r + 1] < row_ptr.data()[r] || row_ptr.data()[r + 1] > col.size())
+                        throw std::invalid_argument("row_ptr out of range at row " + std::to_string(r));
+                if (csr.nnz() != col.size()) throw std::invalid_argument("row_ptr does not end at the number of values");
+                check_csr(csr);
+                w->rows = csr.rows, w->cols = cols;
+                w->panels = std::make_shared<PanelMatrix>(csr, values.data(), PanelOptions{panel, part, row_block, false, false});
+                return w;
+            },
+            py::arg("row_ptr"), py::arg("cols"), py::arg("values"), py::arg("cols_count"), py::arg("panel") = 1, py::arg("part") = 256,
+            py::arg("row_block") = 0)
+        .def_static(
+            "dense",
+            [](const Array<float>& values, int panel, int part, int row_block) {
+                if (values.ndim() != 2) throw std::invalid_argument("a dense weight has two dimensions");
+                auto w = std::make_shared<Weight>();
+                w->rows = values.shape(0), w->cols = values.shape(1);
+                w->panels =
+                    std::make_shared<PanelMatrix>(w->rows, w->cols, values.data(), PanelOptions{panel, part, row_block, true, false});
+                return w;
+            },
+            py::arg("values"), py::arg("panel") = 8, py::arg("part") = 256, py::arg("row_block") = 0)
+        .def_static(
+            "vector",
+            [](const std::optional<Array<int64_t>>& row_ptr, const std::optional<Array<int32_t>>& col, const Array<float>& values,
+               int64_t rows, int64_t cols) {
+                auto w = std::make_shared<Weight>();
+                w->rows = rows, w->cols = cols;
+                w->values = std::make_shared<const std::vector<float>>(to_vector(values));
+                if (row_ptr) {
+                    w->row_ptr = std::make_shared<std::vector<int64_t>>(to_vector(*row_ptr));
+                    w->col = std::make_shared<std::vector<int32_t>>(to_vector(*col));
+                    if (static_cast<int64_t>(w->row_ptr->size()) != rows + 1 || w->row_ptr->back() != values.size() ||
+                        w->col->size() != w->values->size())
+                        throw std::invalid_argument("row_ptr, columns and values do not fit");
+                    for (int64_t r = 0; r < rows; r++)
+                        if ((*w->row_ptr)[r + 1] < (*w->row_ptr)[r]) throw std::invalid_argument("row_ptr decreases");
+                    check_csr({rows, cols, w->row_ptr->data(), w->col->data()});
+                } else if (values.size() != rows * cols) {
+                    throw std::invalid_argument("a dense weight of " + std::to_string(rows) + "x" + std::to_string(cols) +
+                                                " has as many values");
+                }
+                return w;
+            },
+            py::arg("row_ptr"), py::arg("cols"), py::arg("values"), py::arg("rows"), py::arg("cols_count"))
+        .def_property_readonly("nbytes", &Weight::nbytes)
+        .def_property_readonly("stored",
+                               [](const Weight& w) { return w.panels ? w.panels->stored() : static_cast<int64_t>(w.values->size()); })
+        .def_readonly("rows", &Weight::rows)
+        .def_readonly("cols", &Weight::cols);
+
+    m.def(
+        "phase_floats",
+        [](const py::dict& g) {
+            ConvGeometry geo = geometry(g);
+            geo.check();
+            PhaseLayout p = phase_layout(geo);
+            return p.needed && p.possible ? geo.channels * int64_t(p.phase_y.size() * p.phase_x.size()) * p.plane_stride : int64_t(0);
+        },
+        "Floats of workspace that a convolution of this geometry (with n, h, w) needs in the arena.");
+    m.def(
+        "shifts_only",
+        [](const py::dict& g) {
+            ConvGeometry geo = geometry(g);
+            geo.check();
+            PhaseLayout p = phase_layout(geo);
+            return !p.needed || p.possible;
+        },
+        "Whether every tap of the convolution is a shift of its input's planes (after splitting strides into phases).");
+
+    py::class_<PlanBuilder, std::shared_ptr<PlanBuilder>>(m, "Plan")
+        .def(py::init<int64_t, std::vector<int64_t>>(), py::arg("arena_floats"), py::arg("external_floats"))
+        .def("conv",
+             [](PlanBuilder& b, const std::string& name, const py::dict& g, const Weight& weight, const std::optional<Array<float>>& bias, const PyView& x_view, const PyRef& workspace,
+                const PyRef& out, int64_t out_stride, const std::optional<PyRef>& residual, int64_t residual_stride, const PyActivation& activation, int vectors, bool depthwise,
+                int64_t multiplier) {
+                 ConvGeometry geo = geometry(g);
+                 geo.check();
+                 View x = b.view(x_view);
+                 if (x.sizes != std::vector<int64_t>{geo.batch, geo.channels, geo.height, geo.width}) throw std::invalid_argument(name + ": the input's view does not fit the geometry");
+                 PhaseLayout phases = phase_layout(geo);
+                 bool use_phases = phases.needed && phases.possible;
+                 int64_t pixels = geo.batch * geo.out_height() * geo.out_width(), lanes = kernels().lanes, whole = (pixels + lanes - 1) / lanes * lanes;
+                 int64_t out_rows = weight.rows;
+                 b.check_planes(out, out_rows, out_stride, whole);
+                 if (residual) b.check_planes(*residual, out_rows, residual_stride, whole);
+                 if (bias && bias->size() != out_rows) throw std::invalid_argument(name + ": the bias does not fit the rows");
+                 Ref source = x.ref;
+                 int64_t source_stride = x.strides[1];
+                 if (use_phases) {
+                     int64_t planes = int64_t(phases.phase_y.size() * phases.phase_x.size());
+                     b.check_planes(workspace, geo.channels * planes, phases.plane_stride, phases.plane_stride);
+                     auto node = std::make_unique<PhaseNode>();
+                     node->geometry = geo, node->phases = phases, node->x = x.ref;
+                     node->stride_n = x.strides[0], node->stride_c = x.strides[1], node->stride_h = x.strides[2], node->stride_w = x.strides[3];
+                     node->out = source = ref(workspace);
+                     source_stride = planes * phases.plane_stride;
+                     b.add(name + ".phases", std::move(node));
+                 } else if ((geo.width > 1 && x.strides[3] != 1) || (geo.height > 1 && x.strides[2] != geo.width) || (geo.batch > 1 && x.strides[0] != geo.width * geo.height)) {
+                     throw std::invalid_argument(name + ": the input is not in channel planes");
+                 }
+                 if (depthwise) {
+                     if (!weight.values || weight.row_ptr || weight.rows != geo.channels * multiplier || weight.cols != geo.taps() || (phases.needed && !phases.possible))
+                         throw std::invalid_argument(name + ": not a depthwise convolution");
+                     auto node = std::make_unique<DepthwiseNode>();
+                     node->weight = weight.values, node->bias = optional_floats(bias), node->taps = std::make_shared<TapTable>(forward_taps(geo, phases));
+                     node->channels = weight.rows, node->pixels = pixels, node->multiplier = multiplier;
+                     node->x = source, node->x_stride = source_stride, node->out = ref(out), node->out_stride = out_stride;
+                     if (residual) node->has_residual = true, node->residual = ref(*residual), node->residual_stride = residual_stride;
+                     node->epilogue = epilogue(activation);
+                     b.add(name, std::move(node));
+                     return;
+                 }
+                 if (!weight.panels || weight.cols != geo.channels * geo.taps()) throw std::invalid_argument(name + ": the weight does not fit the geometry");
+                 auto node = std::make_unique<SpmmNode>();
+                 node->weight = weight.panels, node->bias = optional_floats(bias), node->pixels = pixels, node->vectors = std::max(1, std::min(vectors, kMaxVectors));
+                 bool direct = geo.pointwise() && (x.ref.buffer == 0 || pixels % lanes == 0);
+                 node->source = direct ? Source::planes : Source::taps;
+                 if (direct) b.check_planes({source.buffer, source.offset}, geo.channels, source_stride, whole);
+                 if (!direct) node->taps = std::make_shared<TapTable>(forward_taps(geo, phases));
+                 node->x = source, node->x_stride = source_stride, node->out = ref(out), node->out_stride = out_stride;
+                 if (residual) node->has_residual = true, node->residual = ref(*residual), node->residual_stride = residual_stride;
+                 node->epilogue = epilogue(activation);
+                 b.add(name, std::move(node));
+             },
+             py::arg("name"), py::arg("geometry"), py::arg("weight"), py::arg("bias"), py::arg("x"), py::arg("workspace"), py::arg("out"), py::arg("out_stride"), py::arg("residual"),
+             py::arg("residual_stride"), py::arg("activation"), py::arg("vectors"), py::arg("depthwise") = false, py::arg("multiplier") = 1)
+        .def("vector",
+             [](PlanBuilder& b, const std::string& name, const Weight& weight, const std::optional<Array<float>>& bias, const PyRef& x, const PyRef& out, const std::optional<PyRef>& residual,
+                const PyActivation& activation) {
+                 if (!weight.values) throw std::invalid_argument(name + ": not a weight for vectors");
+                 b.check_planes(x, 1, 0, weight.cols), b.check_planes(out, 1, 0, weight.rows);
+                 if (residual) b.check_planes(*residual, 1, 0, weight.rows);
+                 if (bias && bias->size() != weight.rows) throw std::invalid_argument(name + ": the bias does not fit the rows");
+                 auto node = std::make_unique<VectorNode>();
+                 node->rows = weight.rows, node->cols = weight.cols, node->values = weight.values, node->row_ptr = weight.row_ptr, node->col = weight.col;
+                 node->bias = optional_floats(bias), node->x = ref(x), node->out = ref(out), node->epilogue = epilogue(activation);
+                 if (residual) node->has_residual = true, node->residual = ref(*residual);
+                 b.add(name, std::move(node));
+             })
+        .def("copy", [](PlanBuilder& b, const std::string& name, const PyView& from, const PyView& to) {
+            View f = b.view(from), t = b.view(to);
+            if (f.sizes != t.sizes) throw std::invalid_argument(name + ": sizes differ");
+            b.add(name, std::make_unique<CopyNode>(f, t));
+        })
+        .def("fill", [](PlanBuilder& b, const std::string& name, const PyView& to, float value) { b.add(name, std::make_unique<FillNode>(b.view(to), value)); })
+        .def("unary", [](PlanBuilder& b, const std::string& name, const PyView& x, const PyView& y, const PyActivation& a) {
+            View from = b.view(x), to = b.view(y);
+            if (from.sizes != to.sizes) throw std::invalid_argument(name + ": sizes differ");
+            b.add(name, std::make_unique<UnaryNode>(from, to, epilogue(a)));
+        })
+        .def("binary", [](PlanBuilder& b, const std::string& name, const std::string& kind, const PyView& x, const PyView& y, const PyView& out, const PyActivation& a) {
+            View u = b.view(x), v = b.view(y), o = b.view(out);
+            if (u.sizes != o.sizes || v.sizes != o.sizes) throw std::invalid_argument(name + ": sizes differ");
+            b.add(name, std::make_unique<BinaryNode>(u, v, o, named<Binary>(kind, kBinaries, "binary kind"), epilogue(a)));
+        })
+        .def("affine", [](PlanBuilder& b, const std::string& name, const PyView& x, const PyView& y, int axis, const Array<float>& scale, const Array<float>& shift, const PyActivation& a) {
+            View from = b.view(x), to = b.view(y);
+            if (from.sizes != to.sizes || axis < 0 || axis >= static_cast<int>(to.sizes.size()) || scale.size() != to.sizes[axis] || shift.size() != to.sizes[axis])
+                throw std::invalid_argument(name + ": sizes differ");
+            b.add(name, std::make_unique<AffineNode>(from, to, axis, to_vector(scale), to_vector(shift), epilogue(a)));
+        })
+        .def("pool", [](PlanBuilder& b, const std::string& name, const PyView& x, const PyView& y, const py::dict& o) {
+            View from = b.view(x), to = b.view(y);
+            if (from.sizes.size() != 4 || to.sizes.size() != 4 || from.sizes[0] != to.sizes[0] || from.sizes[1] != to.sizes[1] || (to.sizes[3] > 1 && to.strides[3] != 1))
+                throw std::invalid_argument(name + ": pooling needs two NCHW views");
+            PoolOptions p;
+            auto pair = [&](const char* key) { return o[key].cast<std::pair<int64_t, int64_t>>(); };
+            p.max = o["max"].cast<bool>();
+            std::tie(p.kernel_h, p.kernel_w) = pair("kernel");
+            std::tie(p.stride_h, p.stride_w) = pair("stride");
+            std::tie(p.dilation_h, p.dilation_w) = pair("dilation");
+            auto padding = o["padding"].cast<std::array<int64_t, 4>>();
+            p.pad_top = padding[0], p.pad_left = padding[1], p.pad_bottom = padding[2], p.pad_right = padding[3];
+            p.count_include_pad = o["count_include_pad"].cast<bool>(), p.divisor = o["divisor"].cast<int64_t>();
+            if (p.stride_h < 1 || p.stride_w < 1 || p.kernel_h < 1 || p.kernel_w < 1 || p.dilation_h < 1 || p.dilation_w < 1 || p.divisor < 0) throw std::invalid_argument(name + ": options out of range");
+            b.add(name, std::make_unique<PoolNode>(from, to, p));
+        })
+        .def("adaptive_average_pool", [](PlanBuilder& b, const std::string& name, const PyView& x, const PyView& y) {
+            View from = b.view(x), to = b.view(y);
+            if (from.sizes.size() != 4 || to.sizes.size() != 4 || from.sizes[0] != to.sizes[0] || from.sizes[1] != to.sizes[1]) throw std::invalid_argument(name + ": pooling needs two NCHW views");
+            b.add(name, std::make_unique<AdaptiveAveragePoolNode>(from, to));
+        })
+        .def("reduce", [](PlanBuilder& b, const std::string& name, const PyView& x, const PyView& y, const std::vector<int>& dims, const std::string& kind) {
+            View from = b.view(x), to = b.view(y);
+            if (from.sizes.size() != to.sizes.size()) throw std::invalid_argument(name + ": ranks differ");
+            b.add(name, std::make_unique<ReduceNode>(from, to, dims, named<Reduction>(kind, kReductions, "reduction")));
+        })
+        .def("softmax", [](PlanBuilder& b, const std::string& name, const PyView& x, const PyView& y, int dim) {
+            View from = b.view(x), to = b.view(y);
+            if (from.sizes != to.sizes || dim < 0 || dim >= static_cast<int>(to.sizes.size())) throw std::invalid_argument(name + ": sizes differ");
+            b.add(name, std::make_unique<SoftmaxNode>(from, to, dim));
+        })
+        .def("layer_norm", [](PlanBuilder& b, const std::string& name, const PyView& x, const PyView& y, int dims, const std::optional<Array<float>>& weight, const std::optional<Array<float>>& bias, float eps) {
+            View from = b.view(x), to = b.view(y);
+            int64_t length = 1;
+            if (from.sizes != to.sizes || dims < 1 || dims > static_cast<int>(to.sizes.size())) throw std::invalid_argument(name + ": sizes differ");
+            for (size_t i = to.sizes.size() - dims; i < to.sizes.size(); i++) length *= to.sizes[i];
+            if ((weight && weight->size() != length) || (bias && bias->size() != length)) throw std::invalid_argument(name + ": weight or bias does not fit");
+            b.add(name, std::make_unique<LayerNormNode>(from, to, dims, weight ? to_vector(*weight) : std::vector<float>(), bias ? to_vector(*bias) : std::vector<float>(), eps));
+        })
+        .def("group_norm", [](PlanBuilder& b, const std::string& name, const PyView& x, const PyView& y, int64_t groups, const std::optional<Array<float>>& weight, const std::optional<Array<float>>& bias, float eps) {
+            View from = b.view(x), to = b.view(y);
+            if (from.sizes != to.sizes || to.sizes.size() < 2 || groups < 1 || to.sizes[1] % groups || (weight && weight->size() != to.sizes[1]) || (bias && bias->size() != to.sizes[1]))
+                throw std::invalid_argument(name + ": sizes differ");
+            b.add(name, std::make_unique<GroupNormNode>(from, to, groups, weight ? to_vector(*weight) : std::vector<float>(), bias ? to_vector(*bias) : std::vector<float>(), eps));
+        })
+        .def("matmul", [](PlanBuilder& b, const std::string& name, const PyView& x, const PyView& y, const PyView& out) {
+            View u = b.view(x), v = b.view(y), o = b.view(out);
+            size_t r = o.sizes.size();
+            if (r < 2 || u.sizes.size() != r || v.sizes.size() != r || u.sizes[r - 2] != o.sizes[r - 2] || v.sizes[r - 1] != o.sizes[r - 1] || u.sizes[r - 1] != v.sizes[r - 2])
+                throw std::invalid_argument(name + ": shapes do not fit");
+            b.add(name, std::make_unique<MatmulNode>(u, v, o));
+        })
+        .def("attention", [](PlanBuilder& b, const std::string& name, const PyView& q, const PyView& k, const PyView& v, const PyView& out, float scale, bool causal, const std::optional<PyView>& mask) {
+            View vq = b.view(q), vk = b.view(k), vv = b.view(v), vo = b.view(out), vm = mask ? b.view(*mask) : View{};
+            size_t r = vo.sizes.size();
+            if (r < 2 || vq.sizes.size() != r || vk.sizes.size() != r || vv.sizes.size() != r || (mask && vm.sizes.size() != r) || vq.sizes[r - 1] != vk.sizes[r - 1] || vk.sizes[r - 2] != vv.sizes[r - 2] ||
+                vo.sizes[r - 1] != vv.sizes[r - 1] || vo.sizes[r - 2] != vq.sizes[r - 2] || (mask && (vm.sizes[r - 2] != vq.sizes[r - 2] || vm.sizes[r - 1] != vk.sizes[r - 2])))
+                throw std::invalid_argument(name + ": shapes do not fit");
+            b.add(name, std::make_unique<AttentionNode>(vq, vk, vv, vo, scale, causal, mask.has_value(), vm));
+        })
+        .def("callback", [](PlanBuilder& b, const std::string& name, std::function<void(std::vector<uintptr_t>)> call, const std::vector<PyView>& places) {
+            std::vector<Ref> refs;
+            for (const auto& p : places) refs.push_back(b.view(p).ref);
+            // The Python function must be released with the GIL held, whoever drops the plan.
+            auto held = std::shared_ptr<std::function<void(std::vector<uintptr_t>)>>(new auto(std::move(call)), [](auto* f) {
+                py::gil_scoped_acquire gil;
+                delete f;
+            });
+            auto run = [held](const std::vector<float*>& pointers) {
+                py::gil_scoped_acquire gil;
+                std::vector<uintptr_t> addresses;
+                for (float* p : pointers) addresses.push_back(reinterpret_cast<uintptr_t>(p));
+                (*held)(addresses);
+            };
+            b.add(name, std::make_unique<CallbackNode>(run, refs));
+        })
+        .def("run", [](const PlanBuilder& b, const std::vector<uintptr_t>& pointers, int threads) {
+            if (pointers.size() != b.external_floats.size()) throw std::invalid_argument("expected " + std::to_string(b.external_floats.size()) + " addresses, got " + std::to_string(pointers.size()));
+            py::gil_scoped_release release;
+            b.plan->run(reinterpret_cast<float* const*>(pointers.data()), threads);
+        }, py::arg("pointers"), py::arg("threads") = 0)
+        .def("profile", [](const PlanBuilder& b, const std::vector<uintptr_t>& pointers, int threads) {
+            if (pointers.size() != b.external_floats.size()) throw std::invalid_argument("wrong number of addresses");
+            py::gil_scoped_release release;
+            return b.plan->profile(reinterpret_cast<float* const*>(pointers.data()), threads);
+        }, py::arg("pointers"), py::arg("threads") = 0)
+        .def("time_node", [](const PlanBuilder& b, size_t i, const std::vector<uintptr_t>& pointers, int threads, int times) {
+            if (pointers.size() != b.external_floats.size() || i >= b.plan->size()) throw std::invalid_argument("wrong number of addresses, or no such node");
+            py::gil_scoped_release release;
+            return b.plan->time_node(i, reinterpret_cast<float* const*>(pointers.data()), threads, times);
+        })
+        .def_property_readonly("names", [](const PlanBuilder& b) {
+            std::vector<std::string> names;
+            for (size_t i = 0; i < b.plan->size(); i++) names.push_back(b.plan->node(i).name);
+            return names;
+        })
+        .def_property_readonly("arena_bytes", [](const PlanBuilder& b) { return b.plan->arena_bytes(); })
+        .def("__len__", [](const PlanBuilder& b) { return b.plan->size(); });
+}

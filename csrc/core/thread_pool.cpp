@@ -1,0 +1,169 @@
+#include "core/thread_pool.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#define SE_PAUSE() _mm_pause()
+#else
+#define SE_PAUSE() std::this_thread::yield()
+#endif
+
+namespace sparse_engine {
+namespace {
+
+// Spinning covers the gap between two nodes of one plan; anything longer parks, so an idle process uses no CPU.
+constexpr int kSpins = 2000;
+
+struct alignas(64) Job {
+    const WorkFunction* body = nullptr;
+    int64_t items = 0;
+    int max_helpers = 0;
+    alignas(64) std::atomic<int64_t> next{0};
+    alignas(64) std::atomic<int64_t> unfinished{0};
+    std::atomic<int> next_slot{1};
+    int helpers = 0;  // guarded by Pool::mutex_: workers that hold a pointer to this job
+};
+
+int available_cores() {
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+    return std::max(1u, std::thread::hardware_concurrency());
+}
+
+class Pool {
+  public:
+    Pool() : threads_(std::min(available_cores(), kMaxThreads)) {}
+
+    ~Pool() {
+        {
+            std::lock_guard lock(mutex_);
+            stop_ = true;
+            version_.fetch_add(1, std::memory_order_release);
+        }
+        wake_.notify_all();
+        for (auto& worker : workers_) worker.join();
+    }
+
+    int threads() const { return threads_.load(std::memory_order_relaxed); }
+    void set_threads(int n) { threads_ = n <= 0 ? std::min(available_cores(), kMaxThreads) : std::min(n, kMaxThreads); }
+
+    void run(int64_t items, int threads, const WorkFunction& body) {
+        threads = static_cast<int>(std::min<int64_t>(std::min(threads, kMaxThreads), items));
+        if (threads <= 1) {
+            for (int64_t i = 0; i < items; i++) body(i, 0);
+            return;
+        }
+        Job job;
+        job.body = &body;
+        job.items = items;
+        job.unfinished.store(items, std::memory_order_relaxed);
+        job.max_helpers = threads - 1;
+        bool someone_parked;
+        {
+            std::lock_guard lock(mutex_);
+            while (static_cast<int>(workers_.size()) < threads - 1) workers_.emplace_back([this] { work(); });
+            jobs_.push_back(&job);
+            version_.fetch_add(1, std::memory_order_release);
+            someone_parked = parked_ > 0;
+        }
+        if (someone_parked) {
+            if (threads == 2) {
+                wake_.notify_one();
+            } else {
+                wake_.notify_all();
+            }
+        }
+        drain(job, 0);
+        {
+            std::lock_guard lock(mutex_);
+            jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &job));
+        }
+        // No worker can join any more. Wait for those that did: for their items, and until they have let go of the job.
+        for (int spin = 0; spin < kSpins && job.unfinished.load(std::memory_order_acquire) != 0; spin++) SE_PAUSE();
+        std::unique_lock lock(mutex_);
+        done_.wait(lock, [&] { return job.unfinished.load(std::memory_order_acquire) == 0 && job.helpers == 0; });
+    }
+
+  private:
+    static void drain(Job& job, int slot) {
+        int64_t finished = 0;
+        for (;;) {
+            int64_t item = job.next.fetch_add(1, std::memory_order_relaxed);
+            if (item >= job.items) break;
+            (*job.body)(item, slot);
+            finished++;
+        }
+        if (finished) job.unfinished.fetch_sub(finished, std::memory_order_acq_rel);
+    }
+
+    Job* pick() {  // with mutex_ held
+        Job* best = nullptr;
+        for (Job* job : jobs_)
+            if (job->helpers < job->max_helpers && job->next.load(std::memory_order_relaxed) < job->items &&
+                (!best || job->helpers < best->helpers))
+                best = job;
+        return best;
+    }
+
+    void work() {
+        for (;;) {
+            uint64_t seen = version_.load(std::memory_order_acquire);
+            Job* job = nullptr;
+            {
+                std::unique_lock lock(mutex_);
+                if (stop_) return;
+                job = pick();
+                if (job) job->helpers++;
+            }
+            if (job) {
+                drain(*job, job->next_slot.fetch_add(1, std::memory_order_relaxed));
+                std::lock_guard lock(mutex_);
+                job->helpers--;
+                // A slot is used once per job and worker visit; a worker never visits a drained job again.
+                done_.notify_all();
+                continue;
+            }
+            bool changed = false;
+            for (int spin = 0; spin < kSpins && !changed; spin++) {
+                SE_PAUSE();
+                changed = version_.load(std::memory_order_acquire) != seen;
+            }
+            if (changed) continue;
+            std::unique_lock lock(mutex_);
+            parked_++;
+            wake_.wait(lock, [&] { return stop_ || version_.load(std::memory_order_relaxed) != seen; });
+            parked_--;
+        }
+    }
+
+    std::mutex mutex_;
+    std::condition_variable wake_, done_;
+    std::vector<std::thread> workers_;
+    std::vector<Job*> jobs_;
+    std::atomic<uint64_t> version_{0};
+    std::atomic<int> threads_;
+    int parked_ = 0;
+    bool stop_ = false;
+};
+
+Pool& pool() {
+    static Pool* instance = new Pool;  // never destroyed: workers may outlive static destruction order
+    return *instance;
+}
+
+}  // namespace
+
+int num_threads() { return pool().threads(); }
+void set_num_threads(int n) { pool().set_threads(n); }
+void parallel_for(int64_t items, int threads, const WorkFunction& body) {
+    if (items > 0) pool().run(items, threads, body);
+}
+
+}  // namespace sparse_engine

@@ -1,0 +1,36 @@
+// One process-wide pool of workers that hand out work dynamically, spin briefly and then park.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+namespace sparse_engine {
+
+// A borrowed callable `void(int64_t item, int slot)`; `slot` is < the number of threads and unique among the threads of one job.
+class WorkFunction {
+  public:
+    template <class F>
+    WorkFunction(const F& f)  // NOLINT: implicit on purpose, so that a lambda can be passed
+        : object_(&f), call_([](const void* o, int64_t item, int slot) { (*static_cast<const F*>(o))(item, slot); }) {}
+    void operator()(int64_t item, int slot) const { call_(object_, item, slot); }
+
+  private:
+    const void* object_;
+    void (*call_)(const void*, int64_t, int);
+};
+
+// How many threads (the caller included) one job may use. At least 1.
+int num_threads();
+// Sets the number of threads for jobs that start from now on; starts workers as needed. n <= 0 means one per available core.
+void set_num_threads(int n);
+// Upper bound of `slot` + 1 over every job that may run: size of per-thread scratch tables.
+constexpr int kMaxThreads = 64;
+
+// Runs body(item, slot) for item = 0 … items-1, on the caller and on idle workers. Returns when all items are done.
+// Items are taken in order, one at a time, so a worker that the system has descheduled holds up at most one item.
+// Safe to call from several threads at once: each caller always works on its own job, idle workers help wherever work is left.
+void parallel_for(int64_t items, int threads, const WorkFunction& body);
+
+}  // namespace sparse_engine

@@ -1,0 +1,137 @@
+// The kernels' interface: plain arguments and one table of functions per instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "pack/panel_matrix.h"
+
+namespace sparse_engine {
+
+enum class Activation : int {
+    none,
+    clamp,
+    leaky_relu,
+    gelu,
+    gelu_tanh,
+    silu,
+    hardswish,
+    hardsigmoid,
+    sigmoid,
+    tanh,
+    elu,
+    softplus,
+    exp,
+    sqrt,
+    rsqrt,
+    neg,
+    abs,
+    reciprocal,
+    square,
+    log,
+    erf,
+    count
+};
+enum class Binary : int { add, sub, mul, div, maximum, minimum, pow, count };
+
+// One segment of a panel matrix times one tile of X: out[row, 0:V·lanes) (+)= sum over the segment's entries of w · x[column, 0:V·lanes).
+struct SpmmArgs {
+    const PanelRun* runs;
+    const PanelRun* runs_end;
+    const uint16_t* panel_rows;
+    const uint8_t* index;
+    const float* values;
+    const float* x;         // first column of the part, first pixel of the tile
+    size_t x_stride;        // floats from one column to the next
+    float* out;             // first row of the row block, first pixel of the tile
+    size_t out_stride;      // floats from one row to the next
+    int rows;               // rows of the block that exist (the last panel may reach past them)
+    bool first, last;       // first part: start from bias + residual; last part: clamp
+    const float* bias;      // of the row block, or null
+    const float* residual;  // like out, or null
+    size_t residual_stride;
+    float low, high;
+};
+using SpmmKernel = void (*)(const SpmmArgs&);
+
+// Copies columns [col0, col1) of the virtual matrix X (channel × tap) for pixels [p0, p0 + vectors·lanes) into a contiguous tile.
+struct Im2colArgs {
+    const float* x;  // plane of channel 0, pixel 0
+    size_t channel_stride;
+    int taps;
+    const int64_t* tap_offset;  // floats, may be negative
+    const uint16_t* tap_mask;   // [tap][mask_stride]: valid lanes of each group of 16 pixels
+    size_t mask_stride;
+    const int32_t*
+        gather;  // or null: [tap][gather_stride] source pixel within the channel, −1 = zero (then tap_offset, tap_mask are unused)
+    size_t gather_stride;
+    int64_t channel0;  // channel and tap of the first column
+    int tap0;
+    int columns;
+    int64_t pixel0;
+    int vectors;
+    float* tile;  // [columns][vectors · lanes]
+};
+
+struct DepthwiseArgs {
+    const float* x;       // plane of one channel
+    const float* weight;  // taps
+    int taps;
+    const int64_t* tap_offset;
+    const uint16_t* tap_mask;
+    size_t mask_stride;
+    int64_t pixel0, pixels;
+    float bias, low, high;
+    const float* residual;  // like out, or null
+    float* out;
+};
+
+constexpr int kMaxVectors = 8;
+
+struct KernelTable {
+    const char* name;
+    int lanes;
+    SpmmKernel sparse[4][kMaxVectors + 1];  // [log2 panel][vectors], null where the registers don't hold it
+    SpmmKernel dense[4][kMaxVectors + 1];
+    int max_vectors[4];
+    void (*im2col)(const Im2colArgs&);
+    void (*depthwise)(const DepthwiseArgs&);
+    // tile[k][i] = x[i · ld + k] for i < n (zero up to `width`), k < columns: row-major activations into a tile of pixels along the vector.
+    void (*transpose_in)(const float* x, size_t ld, int n, int columns, float* tile, int width);
+    // y[i · ld + m] = tile[m][i]
+    void (*transpose_out)(const float* tile, int width, int rows, int n, float* y, size_t ld);
+    // out[entry] (+)= dot(dy[row], x[column]) over `width` (a multiple of lanes) for each entry of CSR rows [row0, row1), columns in [col0,
+    // col1); cursor[row] walks through col/out.
+    void (*sddmm)(int64_t row0, int64_t row1, const int64_t* row_end, int64_t* cursor, const int32_t* col, int32_t col0, int32_t col1,
+                  const float* dy, size_t dy_stride, const float* x, size_t x_stride, int width, float* out);
+    // out[r] = act(bias[r] + sum w · x[col] + residual[r]) for rows [row0, row1), CSR with 32-bit columns.
+    void (*spmv)(const int64_t* row_ptr, const int32_t* col, const float* w, int64_t row0, int64_t row1, const float* x, float* out,
+                 const float* bias, const float* residual, float low, float high);
+    void (*gemv)(const float* w, int64_t cols, int64_t row0, int64_t row1, const float* x, float* out, const float* bias,
+                 const float* residual, float low, float high);
+    void (*activate)(Activation kind, float p0, float p1, const float* x, float* y, int64_t n);
+    // y[i] = op(a[i · a_step], b[i · b_step]); steps 0 or 1.
+    void (*binary)(Binary kind, const float* a, int a_step, const float* b, int b_step, float* y, int64_t n);
+    // y[i] = x[i] · scale + shift
+    void (*scale_shift)(const float* x, float scale, float shift, float* y, int64_t n);
+    float (*reduce_sum)(const float* x, int64_t n);
+    float (*reduce_max)(const float* x, int64_t n);
+    // Along the strided axis, vectorised over `width` neighbouring columns: y = softmax_k x[k · stride + i].
+    void (*softmax_columns)(const float* x, size_t x_stride, int64_t length, float* y, size_t y_stride, int64_t width);
+    void (*softmax_row)(const float* x, int64_t length, float* y);
+    // y[k, i] = (x[k, i] − mean_i) / sqrt(var_i + eps) · weight[k] + bias[k]
+    void (*layer_norm_columns)(const float* x, size_t x_stride, int64_t length, const float* weight, const float* bias, float eps, float* y,
+                               size_t y_stride, int64_t width);
+    void (*layer_norm_row)(const float* x, int64_t length, const float* weight, const float* bias, float eps, float* y);
+    // One output row of a pooling window over one plane row set: out[i] = max/sum over taps of x[tap rows], strided.
+    // y[i] = x[i · step]
+    void (*copy)(const float* x, int64_t step, float* y, int64_t n);
+    void (*max_into)(const float* x, int64_t step, float* y, int64_t n);
+    void (*add_into)(const float* x, int64_t step, float* y, int64_t n);
+};
+
+// The table of the build in use (see active_isa()).
+const KernelTable& kernels();
+const KernelTable& kernels_for(int isa);  // 0 portable, 1 avx2, 2 avx512; throws where this processor can't run it
+
+}  // namespace sparse_engine

@@ -1,0 +1,346 @@
+// Elementwise functions, reductions, normalisations, and the matrix–vector products of batch 1.
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+
+namespace sparse_engine {
+namespace SE_ISA {
+namespace {
+
+SE_INLINE Vec clamp(Vec x, float low, float high) { return at_most(at_least(x, splat(low)), splat(high)); }
+SE_INLINE Vec negate(Vec x) { return mul(x, splat(-1.0f)); }
+SE_INLINE Vec sigmoid(Vec x) { return div(splat(1.0f), add(splat(1.0f), exp(negate(x)))); }
+SE_INLINE Vec tanh(Vec x) { return sub(splat(1.0f), div(splat(2.0f), add(exp(add(x, x)), splat(1.0f)))); }
+SE_INLINE Vec magnitude(Vec x) { return at_least(x, negate(x)); }
+
+// erf by Abramowitz and Stegun 7.1.26: absolute error below 1.5e-7, which is what GELU's output needs.
+SE_INLINE Vec erf(Vec x) {
+    Vec a = magnitude(x);
+    Vec t = div(splat(1.0f), fma(splat(0.3275911f), a, splat(1.0f)));
+    Vec p = splat(1.061405429f);
+    p = fma(p, t, splat(-1.453152027f));
+    p = fma(p, t, splat(1.421413741f));
+    p = fma(p, t, splat(-0.284496736f));
+    p = fma(p, t, splat(0.254829592f));
+    p = mul(p, t);
+    Vec y = sub(splat(1.0f), mul(p, exp(negate(mul(a, a)))));
+    // sign(x) · y; for tiny x the quotient x/|x| would be 0/0, so the magnitude is nudged away from zero.
+    return mul(y, div(x, at_least(a, splat(1e-30f))));
+}
+
+template <class F>
+SE_INLINE void map(const float* x, float* y, int64_t n, F f) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(y + i, f(load(x + i)));
+    if (i < n) {
+        uint32_t bits = low_bits(n - i);
+        store_bits(y + i, f(load_bits(x + i, bits)), bits);
+    }
+}
+
+void activate(Activation kind, float p0, float p1, const float* x, float* y, int64_t n) {
+    switch (kind) {
+        case Activation::none:
+            if (x != y) std::memmove(y, x, size_t(n) * sizeof(float));
+            return;
+        case Activation::clamp: return map(x, y, n, [=](Vec v) { return clamp(v, p0, p1); });
+        case Activation::leaky_relu: return map(x, y, n, [=](Vec v) { return fma(splat(p0), at_most(v, zero()), at_least(v, zero())); });
+        case Activation::gelu: {
+            return map(x, y, n, [](Vec v) { return mul(mul(splat(0.5f), v), add(splat(1.0f), erf(mul(v, splat(0.70710678118654752f))))); });
+        }
+        case Activation::gelu_tanh:
+            return map(x, y, n, [](Vec v) {
+                Vec inner = mul(splat(0.79788456080286536f), fma(mul(splat(0.044715f), mul(v, v)), v, v));
+                return mul(mul(splat(0.5f), v), add(splat(1.0f), tanh(inner)));
+            });
+        case Activation::silu: return map(x, y, n, [](Vec v) { return mul(v, sigmoid(v)); });
+        case Activation::hardswish:
+            return map(x, y, n, [](Vec v) { return mul(mul(v, splat(1.0f / 6)), clamp(add(v, splat(3.0f)), 0.0f, 6.0f)); });
+        case Activation::hardsigmoid:
+            return map(x, y, n, [](Vec v) { return mul(splat(1.0f / 6), clamp(add(v, splat(3.0f)), 0.0f, 6.0f)); });
+        case Activation::sigmoid: return map(x, y, n, [](Vec v) { return sigmoid(v); });
+        case Activation::tanh: return map(x, y, n, [](Vec v) { return tanh(v); });
+        case Activation::elu:
+            return map(x, y, n, [=](Vec v) { return fma(splat(p0), sub(exp(at_most(v, zero())), splat(1.0f)), at_least(v, zero())); });
+        case Activation::exp: return map(x, y, n, [](Vec v) { return exp(v); });
+        case Activation::sqrt: return map(x, y, n, [](Vec v) { return SE_ISA::sqrt(v); });
+        case Activation::rsqrt: return map(x, y, n, [](Vec v) { return div(splat(1.0f), SE_ISA::sqrt(v)); });
+        case Activation::neg: return map(x, y, n, [](Vec v) { return negate(v); });
+        case Activation::abs: return map(x, y, n, [](Vec v) { return magnitude(v); });
+        case Activation::reciprocal: return map(x, y, n, [](Vec v) { return div(splat(1.0f), v); });
+        case Activation::square: return map(x, y, n, [](Vec v) { return mul(v, v); });
+        case Activation::erf: return map(x, y, n, [](Vec v) { return erf(v); });
+        case Activation::softplus:  // p0 = beta, p1 = threshold
+            for (int64_t i = 0; i < n; i++) y[i] = x[i] * p0 > p1 ? x[i] : std::log1p(std::exp(x[i] * p0)) / p0;
+            return;
+        case Activation::log:
+            for (int64_t i = 0; i < n; i++) y[i] = std::log(x[i]);
+            return;
+        case Activation::count: return;
+    }
+}
+
+template <class F>
+SE_INLINE void zip(const float* a, int a_step, const float* b, int b_step, float* y, int64_t n, F f) {
+    auto get = [](const float* p, int step, int64_t i) { return step ? load(p + i) : splat(*p); };
+    auto get_bits = [](const float* p, int step, int64_t i, uint32_t bits) { return step ? load_bits(p + i, bits) : splat(*p); };
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(y + i, f(get(a, a_step, i), get(b, b_step, i)));
+    if (i < n) {
+        uint32_t bits = low_bits(n - i);
+        store_bits(y + i, f(get_bits(a, a_step, i, bits), get_bits(b, b_step, i, bits)), bits);
+    }
+}
+
+void binary(Binary kind, const float* a, int a_step, const float* b, int b_step, float* y, int64_t n) {
+    switch (kind) {
+        case Binary::add: return zip(a, a_step, b, b_step, y, n, [](Vec u, Vec v) { return add(u, v); });
+        case Binary::sub: return zip(a, a_step, b, b_step, y, n, [](Vec u, Vec v) { return sub(u, v); });
+        case Binary::mul: return zip(a, a_step, b, b_step, y, n, [](Vec u, Vec v) { return mul(u, v); });
+        case Binary::div: return zip(a, a_step, b, b_step, y, n, [](Vec u, Vec v) { return div(u, v); });
+        case Binary::maximum:  // the sum carries a NaN of either side through
+            for (int64_t i = 0; i < n; i++) {
+                float u = a[i * a_step], v = b[i * b_step];
+                y[i] = std::isnan(u) || std::isnan(v) ? u + v : std::max(u, v);
+            }
+            return;
+        case Binary::minimum:
+            for (int64_t i = 0; i < n; i++) {
+                float u = a[i * a_step], v = b[i * b_step];
+                y[i] = std::isnan(u) || std::isnan(v) ? u + v : std::min(u, v);
+            }
+            return;
+        case Binary::pow:
+            for (int64_t i = 0; i < n; i++) y[i] = std::pow(a[i * a_step], b[i * b_step]);
+            return;
+        case Binary::count: return;
+    }
+}
+
+void scale_shift(const float* x, float scale, float shift, float* y, int64_t n) {
+    map(x, y, n, [=](Vec v) { return fma(v, splat(scale), splat(shift)); });
+}
+
+float reduce_sum(const float* x, int64_t n) {
+    Vec s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+        s0 = add(s0, load(x + i)), s1 = add(s1, load(x + i + kLanes));
+        s2 = add(s2, load(x + i + 2 * kLanes)), s3 = add(s3, load(x + i + 3 * kLanes));
+    }
+    for (; i + kLanes <= n; i += kLanes) s0 = add(s0, load(x + i));
+    if (i < n) s1 = add(s1, load_bits(x + i, low_bits(n - i)));
+    return sum(add(add(s0, s1), add(s2, s3)));
+}
+
+float reduce_max(const float* x, int64_t n) {
+    float best = -std::numeric_limits<float>::infinity();
+    for (int64_t i = 0; i < n; i++) best = std::isnan(x[i]) || x[i] > best ? x[i] : best;
+    return best;
+}
+
+void softmax_row(const float* x, int64_t length, float* y) {
+    float top = reduce_max(x, length);
+    if (std::isinf(top) && top < 0) top = 0;  // a fully masked row: 0/0, as in PyTorch
+    map(x, y, length, [=](Vec v) { return exp(sub(v, splat(top))); });
+    float scale = 1.0f / reduce_sum(y, length);
+    map(y, y, length, [=](Vec v) { return mul(v, splat(scale)); });
+}
+
+void softmax_columns(const float* x, size_t x_stride, int64_t length, float* y, size_t y_stride, int64_t width) {
+    for (int64_t i = 0; i < width; i += kLanes) {
+        uint32_t bits = low_bits(std::min<int64_t>(kLanes, width - i));
+        Vec top = splat(-std::numeric_limits<float>::max());
+        for (int64_t k = 0; k < length; k++) top = at_least(load_bits(x + k * x_stride + i, bits), top);
+        Vec total = zero();
+        for (int64_t k = 0; k < length; k++) {
+            Vec e = exp(sub(load_bits(x + k * x_stride + i, bits), top));
+            store_bits(y + k * y_stride + i, e, bits);
+            total = add(total, e);
+        }
+        Vec scale = div(splat(1.0f), total);
+        for (int64_t k = 0; k < length; k++) store_bits(y + k * y_stride + i, mul(load_bits(y + k * y_stride + i, bits), scale), bits);
+    }
+}
+
+void layer_norm_columns(const float* x, size_t x_stride, int64_t length, const float* weight, const float* bias, float eps, float* y,
+                        size_t y_stride, int64_t width) {
+    Vec inverse = splat(1.0f / static_cast<float>(length));
+    for (int64_t i = 0; i < width; i += kLanes) {
+        uint32_t bits = low_bits(std::min<int64_t>(kLanes, width - i));
+        Vec total = zero();
+        for (int64_t k = 0; k < length; k++) total = add(total, load_bits(x + k * x_stride + i, bits));
+        Vec mean = mul(total, inverse), squares = zero();
+        for (int64_t k = 0; k < length; k++) {
+            Vec d = sub(load_bits(x + k * x_stride + i, bits), mean);
+            squares = fma(d, d, squares);
+        }
+        Vec scale = div(splat(1.0f), SE_ISA::sqrt(fma(squares, inverse, splat(eps))));
+        for (int64_t k = 0; k < length; k++) {
+            Vec v = mul(sub(load_bits(x + k * x_stride + i, bits), mean), scale);
+            if (weight) v = mul(v, splat(weight[k]));
+            if (bias) v = add(v, splat(bias[k]));
+            store_bits(y + k * y_stride + i, v, bits);
+        }
+    }
+}
+
+void layer_norm_row(const float* x, int64_t length, const float* weight, const float* bias, float eps, float* y) {
+    float mean = reduce_sum(x, length) / static_cast<float>(length);
+    map(x, y, length, [=](Vec v) { return sub(v, splat(mean)); });
+    Vec s = zero();
+    int64_t i = 0;
+    for (; i + kLanes <= length; i += kLanes) s = fma(load(y + i), load(y + i), s);
+    if (i < length) {
+        Vec v = load_bits(y + i, low_bits(length - i));
+        s = fma(v, v, s);
+    }
+    float scale = 1.0f / std::sqrt(sum(s) / static_cast<float>(length) + eps);
+    for (int64_t k = 0; k < length; k++) y[k] = y[k] * scale * (weight ? weight[k] : 1.0f) + (bias ? bias[k] : 0.0f);
+}
+
+SE_INLINE float finish(float s, int64_t row, const float* bias, const float* residual, float low, float high) {
+    if (bias) s += bias[row];
+    if (residual) s += residual[row];
+    s = low > s ? low : s;
+    return high < s ? high : s;
+}
+
+// Each row gathers its columns of x (which stays in L1); two accumulators hide the gather's latency.
+void spmv(const int64_t* row_ptr, const int32_t* col, const float* w, int64_t row0, int64_t row1, const float* x, float* out,
+          const float* bias, const float* residual, float low, float high) {
+    for (int64_t row = row0; row < row1; row++) {
+        int64_t i = row_ptr[row], end = row_ptr[row + 1];
+        float s = 0;
+#if defined(__AVX512F__)
+        Vec a = zero(), b = zero();
+        for (; i + 32 <= end; i += 32) {
+            a = fma(load(w + i), _mm512_i32gather_ps(_mm512_loadu_si512(col + i), x, 4), a);
+            b = fma(load(w + i + 16), _mm512_i32gather_ps(_mm512_loadu_si512(col + i + 16), x, 4), b);
+        }
+        for (; i < end; i += 16) {
+            uint32_t bits = low_bits(std::min<int64_t>(16, end - i));
+            __m512i where = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(bits), col + i);
+            a = fma(load_bits(w + i, bits), _mm512_mask_i32gather_ps(zero(), static_cast<__mmask16>(bits), where, x, 4), a);
+        }
+        s = sum(add(a, b));
+#else
+        float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+        for (; i + 4 <= end; i += 4)
+            s0 += w[i] * x[col[i]], s1 += w[i + 1] * x[col[i + 1]], s2 += w[i + 2] * x[col[i + 2]], s3 += w[i + 3] * x[col[i + 3]];
+        for (; i < end; i++) s0 += w[i] * x[col[i]];
+        s = (s0 + s1) + (s2 + s3);
+#endif
+        out[row] = finish(s, row, bias, residual, low, high);
+    }
+}
+
+void gemv(const float* w, int64_t cols, int64_t row0, int64_t row1, const float* x, float* out, const float* bias, const float* residual,
+          float low, float high) {
+    int64_t row = row0;
+    for (; row + 4 <= row1; row += 4) {
+        const float *w0 = w + row * cols, *w1 = w0 + cols, *w2 = w1 + cols, *w3 = w2 + cols;
+        Vec a = zero(), b = zero(), c = zero(), d = zero();
+        int64_t k = 0;
+        for (; k + kLanes <= cols; k += kLanes) {
+            Vec v = load(x + k);
+            a = fma(load(w0 + k), v, a), b = fma(load(w1 + k), v, b), c = fma(load(w2 + k), v, c), d = fma(load(w3 + k), v, d);
+        }
+        if (k < cols) {
+            uint32_t bits = low_bits(cols - k);
+            Vec v = load_bits(x + k, bits);
+            a = fma(load_bits(w0 + k, bits), v, a), b = fma(load_bits(w1 + k, bits), v, b), c = fma(load_bits(w2 + k, bits), v, c),
+            d = fma(load_bits(w3 + k, bits), v, d);
+        }
+        out[row] = finish(sum(a), row, bias, residual, low, high), out[row + 1] = finish(sum(b), row + 1, bias, residual, low, high);
+        out[row + 2] = finish(sum(c), row + 2, bias, residual, low, high),
+                  out[row + 3] = finish(sum(d), row + 3, bias, residual, low, high);
+    }
+    for (; row < row1; row++) {
+        Vec a = zero();
+        int64_t k = 0;
+        for (; k + kLanes <= cols; k += kLanes) a = fma(load(w + row * cols + k), load(x + k), a);
+        if (k < cols) {
+            uint32_t bits = low_bits(cols - k);
+            a = fma(load_bits(w + row * cols + k, bits), load_bits(x + k, bits), a);
+        }
+        out[row] = finish(sum(a), row, bias, residual, low, high);
+    }
+}
+
+SE_INLINE Vec load_even(const float* x) {
+#if defined(__AVX512F__)
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_permutex2var_ps(load(x), even, load(x + 16));
+#else
+    float lanes[kLanes];
+    for (int i = 0; i < kLanes; i++) lanes[i] = x[2 * i];
+    return load(lanes);
+#endif
+}
+
+template <class F>
+SE_INLINE void into(const float* x, int64_t step, float* y, int64_t n, F f) {
+    int64_t i = 0;
+    if (step == 1)
+        for (; i + kLanes <= n; i += kLanes) store(y + i, f(load(y + i), load(x + i)));
+    if (step == 2)
+        for (; i + kLanes < n; i += kLanes) store(y + i, f(load(y + i), load_even(x + 2 * i)));
+    for (; i < n; i++) {
+        Vec one = f(splat(y[i]), splat(x[i * step]));
+        store_bits(y + i, one, 1);
+    }
+}
+
+void copy(const float* x, int64_t step, float* y, int64_t n) {
+    if (step == 1) {
+        std::memcpy(y, x, size_t(n) * sizeof(float));
+        return;
+    }
+    int64_t i = 0;
+    if (step == 2)
+        for (; i + kLanes < n; i += kLanes) store(y + i, load_even(x + 2 * i));
+    for (; i < n; i++) y[i] = x[i * step];
+}
+
+// NaN wins, as in PyTorch's pooling.
+void max_into(const float* x, int64_t step, float* y, int64_t n) {
+    into(x, step, y, n, [](Vec a, Vec b) {
+#if defined(__AVX512F__)
+        return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+#elif defined(__AVX2__)
+        return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+#else
+        for (int i = 0; i < kLanes; i++)
+            if (b.lane[i] > a.lane[i] || std::isnan(b.lane[i])) a.lane[i] = std::isnan(a.lane[i]) ? a.lane[i] : b.lane[i];
+        return a;
+#endif
+    });
+}
+void add_into(const float* x, int64_t step, float* y, int64_t n) {
+    into(x, step, y, n, [](Vec a, Vec b) { return add(a, b); });
+}
+
+}  // namespace
+
+void fill_elementwise(KernelTable& t) {
+    t.activate = activate;
+    t.binary = binary;
+    t.scale_shift = scale_shift;
+    t.reduce_sum = reduce_sum;
+    t.reduce_max = reduce_max;
+    t.softmax_row = softmax_row;
+    t.softmax_columns = softmax_columns;
+    t.layer_norm_row = layer_norm_row;
+    t.layer_norm_columns = layer_norm_columns;
+    t.spmv = spmv;
+    t.gemv = gemv;
+    t.copy = copy;
+    t.max_into = max_into;
+    t.add_into = add_into;
+}
+
+}  // namespace SE_ISA
+}  // namespace sparse_engine

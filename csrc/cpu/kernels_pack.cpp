@@ -1,0 +1,204 @@
+// Bringing inputs into tiles (im2col, transposes), the depthwise convolution, and the sampled product of the weight gradient.
+#include <algorithm>
+
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+
+namespace sparse_engine {
+namespace SE_ISA {
+namespace {
+
+SE_INLINE uint32_t lanes_of(const uint16_t* mask, int64_t pixel) {  // the bits of `kLanes` pixels; pixel is a multiple of kLanes
+    uint32_t bits = mask[pixel >> 4];
+    return kLanes == 16 ? bits : (bits >> (pixel & 15)) & low_bits(kLanes);
+}
+
+SE_INLINE Vec gather_or_zero(const float* x, const int32_t* source) {
+#if defined(__AVX512F__)
+    __m512i where = _mm512_loadu_si512(source);
+    __mmask16 valid = _mm512_cmpge_epi32_mask(where, _mm512_setzero_si512());
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), valid, where, x, 4);
+#else
+    float lanes[kLanes];
+    for (int i = 0; i < kLanes; i++) lanes[i] = source[i] >= 0 ? x[source[i]] : 0.0f;
+    return load(lanes);
+#endif
+}
+
+template <int V>
+void im2col_affine(const Im2colArgs& a) {
+    int64_t channel = a.channel0;
+    int tap = a.tap0;
+    float* tile = a.tile;
+    const float* plane = a.x + channel * int64_t(a.channel_stride) + a.pixel0;
+    for (int k = 0; k < a.columns; k++, tile += V * kLanes) {
+        const float* source = plane + a.tap_offset[tap];
+        const uint16_t* mask = a.tap_mask + tap * a.mask_stride;
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) store(tile + v * kLanes, load_bits(source + v * kLanes, lanes_of(mask, a.pixel0 + v * kLanes)));
+        if (++tap == a.taps) tap = 0, plane += a.channel_stride;
+    }
+}
+
+void im2col(const Im2colArgs& a) {
+    if (!a.gather) {
+        switch (a.vectors) {
+            case 1: return im2col_affine<1>(a);
+            case 2: return im2col_affine<2>(a);
+            case 3: return im2col_affine<3>(a);
+            case 4: return im2col_affine<4>(a);
+            case 5: return im2col_affine<5>(a);
+            case 6: return im2col_affine<6>(a);
+            case 7: return im2col_affine<7>(a);
+            default: return im2col_affine<8>(a);
+        }
+    }
+    int64_t channel = a.channel0;
+    int tap = a.tap0;
+    float* tile = a.tile;
+    for (int k = 0; k < a.columns; k++) {
+        const float* plane = a.x + channel * int64_t(a.channel_stride);
+        const int32_t* source = a.gather + tap * a.gather_stride + a.pixel0;
+        for (int v = 0; v < a.vectors; v++, tile += kLanes, source += kLanes) store(tile, gather_or_zero(plane, source));
+        if (++tap == a.taps) tap = 0, channel++;
+    }
+}
+
+// V vectors of one plane in registers; each tap is one masked, shifted load and one FMA.
+template <int V>
+SE_INLINE void depthwise_tile(const DepthwiseArgs& a, int64_t pixel) {
+    Vec acc[V];
+    for (int v = 0; v < V; v++) acc[v] = splat(a.bias);
+    if (a.residual)
+        for (int v = 0; v < V; v++) acc[v] = add(acc[v], load(a.residual + pixel + v * kLanes));
+    for (int tap = 0; tap < a.taps; tap++) {
+        Vec w = splat(a.weight[tap]);
+        const float* source = a.x + pixel + a.tap_offset[tap];
+        const uint16_t* mask = a.tap_mask + tap * a.mask_stride;
+        for (int v = 0; v < V; v++) acc[v] = fma(w, load_bits(source + v * kLanes, lanes_of(mask, pixel + v * kLanes)), acc[v]);
+    }
+    Vec low = splat(a.low), high = splat(a.high);
+    for (int v = 0; v < V; v++) store(a.out + pixel + v * kLanes, at_most(at_least(acc[v], low), high));
+}
+
+void depthwise(const DepthwiseArgs& a) {
+    int64_t pixel = a.pixel0, end = a.pixel0 + a.pixels;
+    for (; pixel + 6 * kLanes <= end; pixel += 6 * kLanes) depthwise_tile<6>(a, pixel);
+    for (; pixel + 2 * kLanes <= end; pixel += 2 * kLanes) depthwise_tile<2>(a, pixel);
+    for (; pixel < end; pixel += kLanes) depthwise_tile<1>(a, pixel);
+}
+
+#if defined(__AVX512F__)
+// Transposes 16×16 floats held in r.
+SE_INLINE void transpose16(Vec (&r)[16]) {
+    Vec t[16];
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++) {
+        __m512d a = _mm512_castps_pd(t[4 * i]), b = _mm512_castps_pd(t[4 * i + 1]), c = _mm512_castps_pd(t[4 * i + 2]),
+                d = _mm512_castps_pd(t[4 * i + 3]);
+        r[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+        r[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+        r[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+        r[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88);
+        r[8 + i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd);
+        r[4 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0x88);
+        r[12 + i] = _mm512_shuffle_f32x4(t[4 + i], t[12 + i], 0xdd);
+    }
+}
+#endif
+
+void transpose_in(const float* x, size_t ld, int n, int columns, float* tile, int width) {
+    int i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= width && i < n; i += 16) {
+        int valid = std::min(16, n - i), k = 0;
+        for (; k < columns; k += 16) {
+            uint32_t bits = low_bits(std::min(16, columns - k));
+            Vec r[16];
+            for (int j = 0; j < 16; j++) r[j] = j < valid ? load_bits(x + size_t(i + j) * ld + k, bits) : zero();
+            transpose16(r);
+            int rows = std::min(16, columns - k);
+            for (int j = 0; j < rows; j++) store(tile + size_t(k + j) * width + i, r[j]);
+        }
+    }
+#endif
+    for (; i < width; i += 8) {  // in strips, so that the tile's rows are written in short runs that share cache lines
+        int wide = std::min(8, width - i);
+        for (int k = 0; k < columns; k++)
+            for (int j = 0; j < wide; j++) tile[size_t(k) * width + i + j] = i + j < n ? x[size_t(i + j) * ld + k] : 0.0f;
+    }
+}
+
+void transpose_out(const float* tile, int width, int rows, int n, float* y, size_t ld) {
+    int i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= width && i < n; i += 16) {
+        int valid = std::min(16, n - i);
+        for (int m = 0; m < rows; m += 16) {
+            int wide = std::min(16, rows - m);
+            uint32_t bits = low_bits(wide);
+            Vec r[16];
+            for (int j = 0; j < 16; j++) r[j] = j < wide ? load(tile + size_t(m + j) * width + i) : zero();
+            transpose16(r);
+            for (int j = 0; j < valid; j++) store_bits(y + size_t(i + j) * ld + m, r[j], bits);
+        }
+    }
+#endif
+    for (; i < n; i += 8) {
+        int wide = std::min(8, n - i);
+        for (int m = 0; m < rows; m++)
+            for (int j = 0; j < wide; j++) y[size_t(i + j) * ld + m] = tile[size_t(m) * width + i + j];
+    }
+}
+
+template <int V>
+SE_INLINE void dots_of_row(const float* dy, const int32_t* col, int64_t from, int64_t to, int32_t col0, const float* x, size_t x_stride,
+                           float* out) {
+    Vec g[V];
+    for (int v = 0; v < V; v++) g[v] = load(dy + v * kLanes);
+    for (int64_t e = from; e < to; e++) {
+        const float* row = x + size_t(col[e] - col0) * x_stride;
+        Vec s = mul(g[0], load(row));
+        for (int v = 1; v < V; v++) s = fma(g[v], load(row + v * kLanes), s);
+        out[e] += sum(s);
+    }
+}
+
+void sddmm(int64_t row0, int64_t row1, const int64_t* row_end, int64_t* cursor, const int32_t* col, int32_t col0, int32_t col1,
+           const float* dy, size_t dy_stride, const float* x, size_t x_stride, int width, float* out) {
+    for (int64_t row = row0; row < row1; row++) {
+        int64_t from = cursor[row], to = from;
+        while (to < row_end[row] && col[to] < col1) to++;
+        cursor[row] = to;
+        const float* g = dy + size_t(row - row0) * dy_stride;
+        int done = 0;
+        for (; done + 8 * kLanes <= width; done += 8 * kLanes) dots_of_row<8>(g + done, col, from, to, col0, x + done, x_stride, out);
+        for (; done + 4 * kLanes <= width; done += 4 * kLanes) dots_of_row<4>(g + done, col, from, to, col0, x + done, x_stride, out);
+        for (; done < width; done += kLanes) dots_of_row<1>(g + done, col, from, to, col0, x + done, x_stride, out);
+    }
+}
+
+}  // namespace
+
+void fill_pack(KernelTable& t) {
+    t.im2col = im2col;
+    t.depthwise = depthwise;
+    t.transpose_in = transpose_in;
+    t.transpose_out = transpose_out;
+    t.sddmm = sddmm;
+}
+
+}  // namespace SE_ISA
+}  // namespace sparse_engine

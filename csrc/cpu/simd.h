@@ -1,0 +1,182 @@
+// One vector type per build: 16 floats (AVX-512), 8 (AVX2) or 8 in portable C++. Included only by kernels_*.cpp, inside their own namespace
+// per build.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__GNUC__) && !defined(__clang__)
+// gcc 12 warns about the deliberately undefined pass-through operands of its own intrinsics.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#endif
+
+// Each build's functions live in their own namespace, so that the linker never mixes them up: sparse_engine::avx512 and so on.
+#ifndef SE_ISA
+#define SE_ISA portable
+#endif
+
+#define SE_INLINE __attribute__((always_inline)) inline
+
+namespace sparse_engine {
+namespace SE_ISA {
+
+#if defined(__AVX512F__)
+
+constexpr int kLanes = 16;
+using Vec = __m512;
+SE_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
+SE_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+SE_INLINE Vec splat(float x) { return _mm512_set1_ps(x); }
+SE_INLINE Vec zero() { return _mm512_setzero_ps(); }
+SE_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+SE_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+SE_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+SE_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+SE_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+// NaN in x passes through both, as PyTorch's clamp does.
+SE_INLINE Vec at_least(Vec x, Vec low) { return _mm512_max_ps(low, x); }
+SE_INLINE Vec at_most(Vec x, Vec high) { return _mm512_min_ps(high, x); }
+// The low lanes whose bit is set are read, the others are 0; memory under cleared lanes is not touched.
+SE_INLINE Vec load_bits(const float* p, uint32_t bits) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>(bits), p); }
+SE_INLINE void store_bits(float* p, Vec v, uint32_t bits) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>(bits), v); }
+SE_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+SE_INLINE Vec round_to_int(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+SE_INLINE Vec scale_by_power_of_two(Vec v, Vec power) { return _mm512_scalef_ps(v, power); }
+SE_INLINE Vec sqrt(Vec v) { return _mm512_sqrt_ps(v); }
+
+#elif defined(__AVX2__)
+
+constexpr int kLanes = 8;
+using Vec = __m256;
+SE_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
+SE_INLINE void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+SE_INLINE Vec splat(float x) { return _mm256_set1_ps(x); }
+SE_INLINE Vec zero() { return _mm256_setzero_ps(); }
+SE_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+SE_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+SE_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+SE_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+SE_INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+SE_INLINE Vec at_least(Vec x, Vec low) { return _mm256_max_ps(low, x); }
+SE_INLINE Vec at_most(Vec x, Vec high) { return _mm256_min_ps(high, x); }
+SE_INLINE __m256i lane_mask(uint32_t bits) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), bit), bit);
+}
+SE_INLINE Vec load_bits(const float* p, uint32_t bits) { return _mm256_maskload_ps(p, lane_mask(bits)); }
+SE_INLINE void store_bits(float* p, Vec v, uint32_t bits) { _mm256_maskstore_ps(p, lane_mask(bits), v); }
+SE_INLINE float sum(Vec v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+SE_INLINE Vec round_to_int(Vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+SE_INLINE Vec scale_by_power_of_two(Vec v, Vec power) {  // power within ±254: two steps, so that neither exponent overflows
+    __m256i n = _mm256_cvtps_epi32(power), half = _mm256_srai_epi32(n, 1), rest = _mm256_sub_epi32(n, half);
+    const __m256i bias = _mm256_set1_epi32(127);
+    v = _mm256_mul_ps(v, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
+    return _mm256_mul_ps(v, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
+}
+SE_INLINE Vec sqrt(Vec v) { return _mm256_sqrt_ps(v); }
+
+#else
+
+constexpr int kLanes = 8;
+struct Vec {
+    float lane[kLanes];
+};
+#define SE_EACH for (int i = 0; i < kLanes; i++)
+SE_INLINE Vec load(const float* p) {
+    Vec r;
+    std::memcpy(&r, p, sizeof r);
+    return r;
+}
+SE_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+SE_INLINE Vec splat(float x) {
+    Vec r;
+    SE_EACH r.lane[i] = x;
+    return r;
+}
+SE_INLINE Vec zero() { return splat(0.0f); }
+SE_INLINE Vec fma(Vec a, Vec b, Vec c) {
+    SE_EACH c.lane[i] += a.lane[i] * b.lane[i];
+    return c;
+}
+SE_INLINE Vec add(Vec a, Vec b) {
+    SE_EACH a.lane[i] += b.lane[i];
+    return a;
+}
+SE_INLINE Vec sub(Vec a, Vec b) {
+    SE_EACH a.lane[i] -= b.lane[i];
+    return a;
+}
+SE_INLINE Vec mul(Vec a, Vec b) {
+    SE_EACH a.lane[i] *= b.lane[i];
+    return a;
+}
+SE_INLINE Vec div(Vec a, Vec b) {
+    SE_EACH a.lane[i] /= b.lane[i];
+    return a;
+}
+SE_INLINE Vec at_least(Vec x, Vec low) {
+    SE_EACH x.lane[i] = low.lane[i] > x.lane[i] ? low.lane[i] : x.lane[i];
+    return x;
+}
+SE_INLINE Vec at_most(Vec x, Vec high) {
+    SE_EACH x.lane[i] = high.lane[i] < x.lane[i] ? high.lane[i] : x.lane[i];
+    return x;
+}
+SE_INLINE Vec load_bits(const float* p, uint32_t bits) {
+    Vec r;
+    SE_EACH r.lane[i] = (bits >> i & 1) ? p[i] : 0.0f;
+    return r;
+}
+SE_INLINE void store_bits(float* p, Vec v, uint32_t bits) { SE_EACH if (bits >> i & 1) p[i] = v.lane[i]; }
+SE_INLINE float sum(Vec v) {
+    float s = 0;
+    SE_EACH s += v.lane[i];
+    return s;
+}
+SE_INLINE Vec round_to_int(Vec v) {
+    SE_EACH v.lane[i] = std::nearbyint(v.lane[i]);
+    return v;
+}
+SE_INLINE Vec scale_by_power_of_two(Vec v, Vec power) {
+    SE_EACH v.lane[i] = std::ldexp(v.lane[i], static_cast<int>(power.lane[i]));
+    return v;
+}
+SE_INLINE Vec sqrt(Vec v) {
+    SE_EACH v.lane[i] = std::sqrt(v.lane[i]);
+    return v;
+}
+#undef SE_EACH
+
+#endif
+
+SE_INLINE uint32_t low_bits(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
+
+// e^x to about 1 ulp over the whole range: x = n·ln2 + r, |r| ≤ ln2/2, a polynomial in r, then 2^n. NaN stays NaN.
+SE_INLINE Vec exp(Vec x) {
+    Vec clamped = at_most(at_least(x, splat(-104.0f)), splat(89.0f));
+    Vec n = round_to_int(mul(clamped, splat(1.44269504088896341f)));
+    Vec r = fma(n, splat(-0.693145751953125f), clamped);  // ln2 in two parts: the first has few bits, so n·part is exact
+    r = fma(n, splat(-1.42860682030941723e-6f), r);
+    Vec p = splat(1.0f / 5040);
+    p = fma(p, r, splat(1.0f / 720));
+    p = fma(p, r, splat(1.0f / 120));
+    p = fma(p, r, splat(1.0f / 24));
+    p = fma(p, r, splat(1.0f / 6));
+    p = fma(p, r, splat(0.5f));
+    p = fma(p, r, splat(1.0f));
+    p = fma(p, r, splat(1.0f));
+    return scale_by_power_of_two(p, n);
+}
+
+}  // namespace SE_ISA
+}  // namespace sparse_engine

@@ -1,0 +1,79 @@
+// Single layers on PyTorch's own memory orders, with gradients: what the ops call.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <tuple>
+#include <vector>
+
+#include "pack/panel_matrix.h"
+#include "runtime/linear_operator.h"
+#include "runtime/plan.h"
+
+namespace sparse_engine {
+
+// A CSR pattern with its transpose; values are copied in, in CSR order, whenever they change.
+class SparseOperator {
+  public:
+    SparseOperator(std::vector<int64_t> row_ptr, std::vector<int32_t> col, int64_t rows, int64_t cols);
+    void set_values(const float* values, int64_t nnz);
+    int64_t nnz() const { return static_cast<int64_t>(col_->size()); }
+    int64_t nbytes() const;
+
+    // Where entry i of row r, column c stands in the transposed matrix: (row, column). The default is (c, r).
+    std::shared_ptr<const PanelMatrix> forward_matrix();
+    std::shared_ptr<const PanelMatrix> transposed_matrix();
+
+    int64_t rows, cols, transposed_rows, transposed_cols;
+
+  protected:
+    virtual std::pair<int64_t, int64_t> transposed_place(int64_t row, int64_t column) const { return {column, row}; }
+    virtual ~SparseOperator() = default;
+
+    std::shared_ptr<std::vector<int64_t>> row_ptr_;
+    std::shared_ptr<std::vector<int32_t>> col_;
+    std::shared_ptr<std::vector<float>> values_;
+    std::shared_ptr<PanelMatrix> forward_, transposed_;
+    std::vector<int64_t> transposed_order_;
+    bool forward_stale_ = true, transposed_stale_ = true;
+    std::mutex mutex_;
+};
+
+class LinearLayer : public SparseOperator {
+  public:
+    LinearLayer(std::vector<int64_t> row_ptr, std::vector<int32_t> col, int64_t rows, int64_t cols)
+        : SparseOperator(std::move(row_ptr), std::move(col), rows, cols) {}
+    void forward(const float* x, int64_t ldx, int64_t n, float* y, int64_t ldy, const float* bias);
+    void input_grad(const float* dy, int64_t lddy, int64_t n, float* dx, int64_t lddx);
+    void weight_grad(const float* dy, int64_t lddy, const float* x, int64_t ldx, int64_t n, float* dvalues);
+
+  private:
+    using Key = std::tuple<int, int64_t, int64_t, int64_t, bool>;
+    std::shared_ptr<Plan> plan(const Key& key);
+    std::map<Key, std::shared_ptr<Plan>> plans_;
+};
+
+class ConvLayer : public SparseOperator {
+  public:
+    // col: columns of weight.reshape(M, -1), that is within the row's group.
+    ConvLayer(std::vector<int64_t> row_ptr, std::vector<int32_t> col, int64_t out_channels, int64_t groups, const ConvGeometry& geometry);
+    void forward(const float* x, int64_t n, int64_t h, int64_t w, float* y, const float* bias);
+    void input_grad(const float* dy, int64_t n, int64_t h, int64_t w, float* dx);
+    void weight_grad(const float* dy, const float* x, int64_t n, int64_t h, int64_t w, float* dvalues);
+
+  protected:
+    std::pair<int64_t, int64_t> transposed_place(int64_t row, int64_t column) const override {
+        int64_t taps = geometry_.taps();
+        return {column / taps, row * taps + column % taps};
+    }
+
+  private:
+    using Key = std::tuple<int, int64_t, int64_t, int64_t, bool>;
+    std::shared_ptr<Plan> plan(const Key& key);
+    ConvGeometry sized(int64_t n, int64_t h, int64_t w) const;
+    ConvGeometry geometry_;
+    std::map<Key, std::shared_ptr<Plan>> plans_;
+};
+
+}  // namespace sparse_engine

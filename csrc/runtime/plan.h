@@ -1,0 +1,103 @@
+// A plan: a flat list of nodes over one arena, with every buffer, stride and offset fixed. It runs in one call, from any number of threads
+// at once.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "core/memory.h"
+#include "core/thread_pool.h"
+#include "cpu/kernels.h"
+
+namespace sparse_engine {
+
+// A place: buffer 0 is the arena, buffer i > 0 the i-th pointer given to run(); offset in floats.
+struct Ref {
+    int buffer = 0;
+    int64_t offset = 0;
+};
+
+// A strided tensor at a place.
+struct View {
+    Ref ref;
+    std::vector<int64_t> sizes, strides;
+    int64_t numel() const {
+        int64_t n = 1;
+        for (int64_t s : sizes) n *= s;
+        return n;
+    }
+};
+
+struct Span {  // one timed piece of work
+    int node;
+    int slot;
+    double start_us, duration_us;
+};
+
+class Context {
+  public:
+    float* at(const Ref& ref) const { return (ref.buffer == 0 ? arena.as<float>() : external[ref.buffer - 1]) + ref.offset; }
+    // Scratch of the thread that runs with `slot`; the content is lost between calls.
+    float* scratch(int slot, size_t floats) {
+        scratch_[slot].reserve(floats * sizeof(float));
+        return scratch_[slot].as<float>();
+    }
+    AlignedBuffer arena;
+    float* const* external = nullptr;
+    int threads = 1;
+
+  private:
+    AlignedBuffer scratch_[kMaxThreads];
+};
+
+class Node {
+  public:
+    virtual ~Node() = default;
+    virtual void run(Context& context) const = 0;
+    std::string name;
+};
+
+// Activations after the sum: `clamp` happens in the kernel's last store, the others in a second pass over the tile.
+struct Epilogue {
+    Activation kind = Activation::none;
+    float p0 = 0, p1 = 0;
+    float low() const;
+    float high() const;
+    bool needs_pass() const { return kind != Activation::none && kind != Activation::clamp; }
+};
+
+class Plan {
+  public:
+    Plan(int64_t arena_floats, int externals) : arena_floats_(arena_floats), externals_(externals) {}
+    void add(std::unique_ptr<Node> node) { nodes_.push_back(std::move(node)); }
+    size_t size() const { return nodes_.size(); }
+    int64_t arena_bytes() const { return (arena_floats_ + kSlack) * int64_t(sizeof(float)); }
+    int externals() const { return externals_; }
+    const Node& node(size_t i) const { return *nodes_[i]; }
+
+    // pointers: one per external buffer. Thread-safe: every concurrent call works in an arena of its own.
+    void run(float* const* pointers, int threads) const;
+    // The same, timed: seconds per node.
+    std::vector<double> profile(float* const* pointers, int threads) const;
+    // Runs only node i, `times` times, after everything before it has run once; the seconds of each time.
+    std::vector<double> time_node(size_t i, float* const* pointers, int threads, int times) const;
+
+  private:
+    // Kernels read whole vectors: room for one past the end.
+    static constexpr int64_t kSlack = 64;
+    std::unique_ptr<Context> acquire(float* const* pointers, int threads) const;
+    void release(std::unique_ptr<Context> context) const;
+
+    std::vector<std::unique_ptr<Node>> nodes_;
+    int64_t arena_floats_;
+    int externals_;
+    mutable std::mutex mutex_;
+    mutable std::vector<std::unique_ptr<Context>> idle_;
+};
+
+}  // namespace sparse_engine
