@@ -124,7 +124,7 @@ def resolve_masks(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             if match["rest"] == "original":
                 masks = _find_parametrization_masks(state, match)
                 if not masks:
-                    # torch.ao.pruning leaves its masks out of state dicts: taking the weight as it is would undo the pruning.
+                    # torch.ao.pruning leaves masks out of state dicts: the weight as it is would undo the pruning.
                     raise CheckpointError(
                         f"{name}: a parametrized weight whose mask is not in the file; call sparsifier.squash_mask() "
                         "before saving, or pass the live model"
