@@ -351,6 +351,39 @@ class PackedWeight:
             raise ShapeError(f"got a tensor of shape {tuple(dense.shape)} for a pattern of shape {self.shape}")
         return self._gather(dense)
 
+    def places_in(self, other: "PackedWeight") -> torch.Tensor:
+        """Say where each of this weight's values lies among another weight's values.
+
+        Example:
+            >>> left = PackedWeight.from_dense(torch.tensor([[1.0, 2.0, 0.0]]))
+            >>> right = PackedWeight.from_dense(torch.tensor([[0.0, 2.0, 3.0]]))
+            >>> right.places_in(left)
+            tensor([ 1, -1])
+
+        Args:
+            other: a packed weight of the same shape.
+
+        Returns:
+            int64 (number of values): the place, or −1 for what the other does not keep. The padding of a block goes
+            with its block.
+        """
+        if other.shape != self.shape:
+            raise ShapeError(f"patterns of shapes {self.shape} and {other.shape} cannot be matched")
+        own_flat, own_source = self._flat_indices()
+        other_flat, other_source = other._flat_indices()
+        found = numpy.minimum(numpy.searchsorted(other_flat, own_flat), max(len(other_flat) - 1, 0))
+        known = other_flat[found] == own_flat if len(other_flat) else numpy.zeros(len(own_flat), dtype=bool)
+        places = numpy.full(self.values.numel(), -1, dtype=numpy.int64)
+        target = numpy.flatnonzero(known) if own_source is None else own_source[known]
+        places[target] = found[known] if other_source is None else other_source[found[known]]
+        if self.block == other.block and self.block != (1, 1) and self.order is None and other.order is None:
+            area = self.block[0] * self.block[1]
+            cells = places.reshape(-1, area)
+            first = cells - numpy.arange(area)
+            first = numpy.where(cells >= 0, first, -1).max(axis=1, initial=-1)[:, None]
+            places = numpy.where(first >= 0, first + numpy.arange(area), -1).reshape(-1)
+        return torch.from_numpy(places)
+
     # -- saving --------------------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

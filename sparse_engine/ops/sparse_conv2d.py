@@ -360,10 +360,6 @@ def product(row_ptr, cols, weight_shape, stride, padding, dilation, groups, bloc
     return native.native_product(row_ptr, cols, tuple(weight_shape), tuple(block), key, make)
 
 
-def _planes(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().contiguous()
-
-
 @registry.register("sparse_conv2d", "cpu", why_not=_why_not_cpu)
 def _cpu_forward(x, values, bias, row_ptr, cols, weight_shape, stride, padding, dilation, groups, block):
     size = output_size(x.shape[2], x.shape[3], weight_shape[2:], stride, padding, dilation)
@@ -386,7 +382,7 @@ def forward_into(
     force: bool = False,
 ) -> None:
     """Run the C++ forward convolution into a contiguous output (N, M, H', W')."""
-    planes = _planes(x)
+    planes = x.contiguous()
     bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
     with native_conv.lock:
         native_conv.load(values, force)
@@ -407,7 +403,7 @@ def _cpu_input_grad(grad, values, input_size, row_ptr, cols, weight_shape, strid
     if cols.numel() == 0 or grad.numel() == 0:
         return dx.zero_()
     native_conv = product(row_ptr, cols, weight_shape, stride, padding, dilation, groups, block)
-    planes = _planes(grad)
+    planes = grad.contiguous()
     with native_conv.lock:
         native_conv.load(values)
         native_conv.handle.input_grad(planes.data_ptr(), *_batch(dx), dx.data_ptr())
@@ -420,7 +416,7 @@ def _cpu_weight_grad(grad, x, row_ptr, cols, weight_shape, stride, padding, dila
     if count == 0 or grad.numel() == 0 or x.numel() == 0:
         return torch.zeros(count, dtype=grad.dtype)
     native_conv = product(row_ptr, cols, weight_shape, stride, padding, dilation, groups, block)
-    dy, planes = _planes(grad), _planes(x)
+    dy, planes = grad.contiguous(), x.contiguous()
     entries = torch.empty(native_conv.handle.nnz, dtype=grad.dtype)
     with native_conv.lock:
         native_conv.handle.weight_grad(dy.data_ptr(), planes.data_ptr(), *_batch(planes), entries.data_ptr())

@@ -246,7 +246,7 @@ def product(
 
 def rows_of(x: torch.Tensor, features: int) -> torch.Tensor:
     """View (..., features) as rows (N, features) whose elements are adjacent; copies only where that is impossible."""
-    rows = x.detach().reshape(-1, features)
+    rows = x.reshape(-1, features)
     return rows if rows.stride(1) == 1 and rows.stride(0) >= features else rows.contiguous()
 
 
