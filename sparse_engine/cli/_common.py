@@ -6,11 +6,13 @@ import functools
 import inspect
 import json
 import math
+import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +28,9 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells use it: 128 + SIGINT."""
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Threads of the kernels; all cores by default.", show_default=False)
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="On an error show the full traceback too.")]
 
 app = typer.Typer(
@@ -95,6 +100,34 @@ def progress(text: str, as_json: bool = False) -> Iterator[Callable[[int, int], 
     with Progress(*columns, console=screen, transient=True) as bar:
         task = bar.add_task(text, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def steps(as_json: bool = False) -> Iterator[Callable[[str], None]]:
+    """A spinner with the name of the step that is under way; gives a function to call as each step begins."""
+    screen = messages()
+    if as_json or not screen.is_terminal:
+        yield lambda name: None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=screen, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda name: bar.update(task, description=name)
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the long work that its result could not be written.
+
+    Raises:
+        OSError: the folder does not exist, or cannot be written to, or `path` is itself a folder.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(21, "Is a directory", str(path))
+    folder = path.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(2, "No such file or directory", str(folder))
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(13, "Permission denied: the folder cannot be written to", str(folder))
 
 
 def table(title: str, *columns: str) -> Table:

@@ -169,12 +169,14 @@ def native_core() -> dict[str, Any]:
     if importlib.util.find_spec("sparse_engine._C") is None:
         return {"loaded": False, "reason": "it is not built; run `make setup`, or `pip install .` in the source folder"}
     try:
-        from sparse_engine import ops
+        from sparse_engine.ops.native import extension, why_not_extension
 
-        facts = ops.native_info()
-    except (ImportError, AttributeError, RuntimeError, ValueError) as error:
-        return {"loaded": False, "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
-    return {"loaded": True, **facts}
+        core = extension()
+        if core is None:
+            return {"loaded": False, "reason": "; ".join(why_not_extension())}
+        return {"loaded": True, "threads": core.get_num_threads(), **core.cpu_info()}
+    except (ImportError, RuntimeError, ValueError) as error:
+        return {"loaded": False, "reason": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
 
 
 def _threads() -> dict[str, Any]:
