@@ -1,0 +1,979 @@
+"""Lowering: a graph, for one batch size, becomes a native plan with every buffer, stride and offset fixed.
+
+Each value gets a place: a storage, an offset and strides. View ops only change strides. The linear operators want their inputs as *channel planes* (the channel
+dimension outermost, everything else contiguous and in order), so that is the order in which values are made; where a kernel needs another one, a copy is put in.
+Storages are then laid into one arena by their lifetimes, and the nodes are handed to C++.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from sparse_engine import _C
+from sparse_engine.convert.graph import Graph, Node, shape_at, shape_from_json
+from sparse_engine.errors import ConvertError
+
+LANES = _C.cpu_info()["lanes"]
+_ALIGN = 16  # floats: storages start on cache lines
+_NO_ACTIVATION = ("none", 0.0, 0.0)
+_CONSTANT_STORAGE = "constants"
+
+
+def compile(graph: Graph, batch: int, threads: int | None = None, choices: Any = None) -> NativePlan:
+    """Make a graph ready to run natively for one batch size.
+
+    Example::
+
+        plan = compile(graph, 1)
+        (y,) = plan.run([x])
+
+    Args:
+        graph: validated, optimised, computing in float32.
+        batch: the batch size N.
+        threads: for the kernels; None uses all cores.
+        choices: kernel choices by node name as `choose` returns them; None lets `default_choice` decide.
+
+    Raises:
+        ConvertError: the graph computes in another dtype than float32.
+    """
+    return _Lowering(graph, batch, choices).finish(threads or 0)
+
+
+@dataclass
+class LinearChoice:
+    """How one linear operator is computed.
+
+    Args:
+        kernel: "sparse" (panel kernel over kept entries), "dense" (panel kernel over all), "depthwise" or "vector" (one pixel; dense or sparse rows).
+        panel: rows that share a load of the input.
+        part: columns worked on at a time, at most 256.
+        row_block: rows per work item, 0 for all.
+        vectors: vectors of pixels per tile.
+    """
+
+    kernel: str
+    panel: int = 1
+    part: int = 256
+    row_block: int = 0
+    vectors: int = 4
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+@dataclass
+class LinearProblem:
+    """What is to be computed by one conv2d or linear node: enough to choose a kernel for it."""
+
+    name: str
+    weight: numpy.ndarray  # [rows, columns of its group]
+    rows: int
+    groups: int
+    geometry: dict[str, Any]  # as _C.Plan.conv takes it, with n, h, w
+    pixels: int
+
+    @property
+    def channels(self) -> int:
+        return self.geometry["c"]
+
+    @property
+    def taps(self) -> int:
+        return self.geometry["r"] * self.geometry["s"]
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups > 1 and self.groups == self.channels and _C.shifts_only(self.geometry)
+
+    @property
+    def pointwise(self) -> bool:
+        g = self.geometry
+        return self.taps == 1 and g["stride"] == (1, 1) and not any(g["padding"])
+
+    @property
+    def vector(self) -> bool:
+        return self.pixels == 1 and self.groups == 1 and self.channels * self.taps == self.weight.shape[1] and self.pointwise
+
+
+_WIDE_PANELS = LANES == 16  # the register file holds 8 rows × 3 vectors
+_PANEL_COST = {1: 1.35, 2: 1.2, 4: 1.05, 8: 1.0} if _WIDE_PANELS else {1: 1.3, 2: 1.15, 4: 1.0}
+DENSE_PANEL = 8 if _WIDE_PANELS else 4
+PANEL_VECTORS = {1: 4, 2: 4, 4: 4 if _WIDE_PANELS else 3, 8: 3 if _WIDE_PANELS else 1}
+
+
+def panel_entries(weight: numpy.ndarray, panel: int) -> int:
+    """How many multiplications per pixel a panel kernel does: kept columns of each group of `panel` rows, times `panel`."""
+    rows = weight.shape[0]
+    kept = weight != 0
+    if panel > 1:
+        padded = numpy.zeros((-(-rows // panel) * panel, weight.shape[1]), dtype=bool)
+        padded[:rows] = kept
+        kept = padded.reshape(-1, panel, weight.shape[1]).any(axis=1)
+    return int(numpy.count_nonzero(kept)) * panel
+
+
+def default_choice(problem: LinearProblem, threads: int = 0) -> LinearChoice:
+    """The kernel that the cost model expects to be fastest: stored entries times what an entry costs in each panel width."""
+    if problem.depthwise:
+        return LinearChoice("depthwise")
+    if problem.vector:
+        return LinearChoice("vector")
+    best = min(_PANEL_COST, key=lambda panel: panel_entries(problem.weight, panel) * _PANEL_COST[panel])
+    columns = problem.weight.shape[1]
+    dense = problem.groups == 1 and panel_entries(problem.weight, best) * _PANEL_COST[best] >= 0.97 * problem.rows * columns
+    panel = DENSE_PANEL if dense else best
+    vectors = PANEL_VECTORS[panel]
+    choice = LinearChoice("dense" if dense else "sparse", panel, 256, 0, vectors)
+    choice.row_block = default_row_block(problem, choice, threads)
+    return choice
+
+
+def default_row_block(problem: LinearProblem, choice: LinearChoice, threads: int = 0) -> int:
+    """Rows per item so that there is enough to hand out dynamically when the pixels alone make too few tiles."""
+    threads = threads or _C.get_num_threads()
+    tiles = -(-problem.pixels // (LANES * choice.vectors))
+    wanted = 4 * threads
+    if threads == 1 or tiles >= wanted:
+        return 0
+    blocks = -(-wanted // tiles)
+    return max(32, -(-problem.rows // blocks // 8) * 8)
+
+
+# ---- places
+
+
+class _Storage:
+    """A piece of the arena (or of an external buffer) with a lifetime in steps. It may live inside another one."""
+
+    def __init__(self, floats: int, buffer: int = 0, offset: int = 0) -> None:
+        self.floats = floats
+        self.buffer = buffer
+        self.offset = offset  # final for external buffers, set by the memory plan in the arena
+        self.first = math.inf
+        self.last = -1.0
+        self.host: tuple[_Storage, int] | None = None
+
+    def root(self) -> tuple[_Storage, int]:
+        storage, offset = self, 0
+        while storage.host is not None:
+            offset += storage.host[1]
+            storage = storage.host[0]
+        return storage, offset
+
+
+@dataclass
+class _Place:
+    storage: _Storage
+    offset: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def at(self) -> tuple[int, int]:
+        root, offset = self.storage.root()
+        return root.buffer, root.offset + offset + self.offset
+
+    def view(self) -> tuple[int, int, list[int], list[int]]:
+        buffer, offset = self.at()
+        return buffer, offset, list(self.sizes), list(self.strides)
+
+    def with_view(self, sizes: Sequence[int], strides: Sequence[int], shift: int = 0) -> _Place:
+        return _Place(self.storage, self.offset + shift, tuple(sizes), tuple(strides))
+
+    def permuted(self, dims: Sequence[int]) -> _Place:
+        return self.with_view([self.sizes[d] for d in dims], [self.strides[d] for d in dims])
+
+    @property
+    def order(self) -> list[int]:
+        """Dimensions from the outermost to the innermost."""
+        return sorted(range(len(self.sizes)), key=lambda d: (-self.strides[d], d))
+
+    def is_planes(self, channel: int) -> bool:
+        """Channels at any distance, everything else contiguous and in order."""
+        expected = 1
+        for d in reversed(range(len(self.sizes))):
+            if d == channel or self.sizes[d] == 1:
+                continue
+            if self.strides[d] != expected:
+                return False
+            expected *= self.sizes[d]
+        return True
+
+
+def _contiguous_strides(sizes: Sequence[int]) -> list[int]:
+    strides, step = [0] * len(sizes), 1
+    for d in reversed(range(len(sizes))):
+        strides[d] = step
+        step *= max(1, sizes[d])
+    return strides
+
+
+def _view_strides(sizes: Sequence[int], strides: Sequence[int], shape: Sequence[int]) -> list[int] | None:
+    """Strides that show the same memory in another shape, or None where that needs a copy."""
+    if math.prod(sizes) == 0:
+        return _contiguous_strides(shape)
+    result = [1] * len(shape)
+    old = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
+    d = len(shape) - 1
+    while old:
+        # The longest run of trailing dimensions that is one strided block.
+        size, step = old.pop()
+        block = size
+        while old and old[-1][1] == step * block:
+            block *= old.pop()[0]
+        while d >= 0 and (block > 1 or shape[d] == 1):
+            if block % shape[d]:
+                return None
+            result[d] = step
+            step *= shape[d]
+            block //= shape[d]
+            d -= 1
+            if block == 1:
+                break
+        if block != 1:
+            return None
+    while d >= 0:
+        if shape[d] != 1:
+            return None
+        d -= 1
+    return result
+
+
+def _activation(activation: Mapping[str, Any] | None) -> tuple[str, float, float]:
+    if activation is None:
+        return _NO_ACTIVATION
+    kind = activation["kind"]
+    if kind == "relu":
+        return ("clamp", 0.0, math.inf)
+    if kind == "clamp":
+        low, high = activation["min"], activation["max"]
+        return ("clamp", -math.inf if low is None else float(low), math.inf if high is None else float(high))
+    if kind == "leaky_relu":
+        return (kind, float(activation["slope"]), 0.0)
+    if kind == "elu":
+        return (kind, 1.0, 0.0)
+    if kind == "softplus":
+        return (kind, 1.0, 20.0)
+    return (kind, 0.0, 0.0)
+
+
+def _array(tensor: Tensor) -> numpy.ndarray:
+    return numpy.ascontiguousarray(tensor.detach().to(torch.float32).numpy())
+
+
+# ---- weights
+
+
+def csr_arrays(weight: numpy.ndarray, groups: int) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    """row_ptr, columns and values of a weight [rows, columns of a group], with columns counted over all groups."""
+    rows, cols = numpy.nonzero(weight)
+    row_ptr = numpy.zeros(weight.shape[0] + 1, dtype=numpy.int64)
+    numpy.cumsum(numpy.bincount(rows, minlength=weight.shape[0]), out=row_ptr[1:])
+    if groups > 1:
+        cols = cols + rows // (weight.shape[0] // groups) * weight.shape[1]
+    return row_ptr, cols.astype(numpy.int32), weight[numpy.nonzero(weight)]
+
+
+def make_weight(problem: LinearProblem, choice: LinearChoice) -> Any:
+    """The `_C.Weight` of a choice."""
+    weight = problem.weight
+    columns = weight.shape[1] * problem.groups
+    if choice.kernel == "depthwise":
+        return _C.Weight.vector(None, None, weight, *weight.shape)
+    if choice.kernel == "vector":
+        if numpy.count_nonzero(weight) > 0.5 * weight.size:
+            return _C.Weight.vector(None, None, weight, *weight.shape)
+        row_ptr, cols, values = csr_arrays(weight, 1)
+        return _C.Weight.vector(row_ptr, cols, values, *weight.shape)
+    if choice.kernel == "dense":
+        if problem.groups != 1:
+            raise ConvertError(f"{problem.name}: the dense kernel has no groups")
+        return _C.Weight.dense(weight, choice.panel, choice.part, choice.row_block)
+    row_ptr, cols, values = csr_arrays(weight, problem.groups)
+    return _C.Weight.sparse(row_ptr, cols, values, columns, choice.panel, choice.part, choice.row_block)
+
+
+def add_linear(
+    plan: Any,
+    problem: LinearProblem,
+    choice: LinearChoice,
+    weight: Any,
+    bias: numpy.ndarray | None,
+    x: tuple[int, int, list[int], list[int]],
+    workspace: tuple[int, int],
+    out: tuple[int, int],
+    out_stride: int,
+    residual: tuple[int, int] | None,
+    residual_stride: int,
+    activation: tuple[str, float, float],
+) -> None:
+    """Append one linear operator to a `_C.Plan`."""
+    if choice.kernel == "vector":
+        plan.vector(problem.name, weight, bias, (x[0], x[1]), out, residual, activation)
+        return
+    depthwise = choice.kernel == "depthwise"
+    multiplier = problem.rows // problem.channels if depthwise else 1
+    plan.conv(
+        problem.name, problem.geometry, weight, bias, x, workspace, out, out_stride, residual, residual_stride, activation, choice.vectors, depthwise, multiplier
+    )  # fmt: skip
+
+
+# ---- the lowering
+
+
+@dataclass
+class _Step:
+    emit: Callable[[Any], None]
+    reads: list[_Place] = field(default_factory=list)
+    writes: list[_Place] = field(default_factory=list)
+
+
+class _Lowering:
+    def __init__(self, graph: Graph, batch: int, choices: Any) -> None:
+        self.graph = graph
+        self.batch = batch
+        self.choices = choices
+        self.steps: list[_Step] = []
+        self.places: dict[str, _Place] = {}
+        self.foreign: set[str] = set()  # values of other dtypes: they live in Python and pass between fallback nodes only
+        self.constants: list[numpy.ndarray] = []
+        self.constant_floats = 0
+        self.weights: dict[Any, Any] = graph.__dict__.setdefault("_native_weights", {})
+        self.problems: dict[str, LinearProblem] = {}
+        self.concats = _plan_concats(graph)
+        self.concat_hosts: dict[str, _Place] = {}
+        self.state = threading.local()
+        self.constants_buffer = len(graph.inputs) + len(graph.outputs) + 1
+        self.consumers = graph.consumers()
+        for dtype in (graph.values[name].dtype for name in graph.inputs + graph.outputs):
+            if dtype == "float64":
+                raise ConvertError("the native runtime computes in float32; this graph has float64 inputs or outputs")
+
+    # -- helpers
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return shape_at(self.graph.values[name].shape, self.batch)
+
+    def native(self, name: str) -> bool:
+        return self.graph.values[name].dtype == "float32"
+
+    def step(self, emit: Callable[[Any], None], reads: Sequence[_Place] = (), writes: Sequence[_Place] = ()) -> None:
+        self.steps.append(_Step(emit, list(reads), list(writes)))
+
+    def new(self, sizes: Sequence[int], outer: Sequence[int] | None = None) -> _Place:
+        """A fresh place: `outer` dimensions first, each one unit of the padded product of the others; None means plain row-major."""
+        sizes = tuple(sizes)
+        if outer is None:
+            return _Place(_Storage(max(1, math.prod(sizes))), 0, sizes, tuple(_contiguous_strides(sizes)))
+        inner = [d for d in range(len(sizes)) if d not in outer]
+        strides, step = [0] * len(sizes), 1
+        for d in reversed(inner):
+            strides[d] = step
+            step *= max(1, sizes[d])
+        step = _C.padded_pixels(step)
+        for d in reversed(outer):
+            strides[d] = step
+            step *= max(1, sizes[d])
+        return _Place(_Storage(max(1, step)), 0, sizes, tuple(strides))
+
+    def like(self, reference: _Place, sizes: Sequence[int]) -> _Place:
+        """A fresh place for `sizes` in the memory order of `reference` (of the same rank)."""
+        order = [d for d in reference.order if sizes[d] != 1]
+        if not order:
+            return self.new(sizes)
+        outer = order[:1]
+        if order == sorted(order) and outer[0] == 0 and len(sizes) != 4:
+            return self.new(sizes)
+        inner = [d for d in range(len(sizes)) if d not in outer]
+        strides, step = [0] * len(sizes), 1
+        rest = sorted(inner, key=lambda d: order.index(d) if d in order else -1)
+        for d in reversed(rest):
+            strides[d] = step
+            step *= max(1, sizes[d])
+        strides[outer[0]] = _C.padded_pixels(step)
+        return _Place(_Storage(max(1, strides[outer[0]] * sizes[outer[0]])), 0, tuple(sizes), tuple(strides))
+
+    def copy(self, source: _Place, target: _Place, name: str) -> _Place:
+        self.step(lambda plan: plan.copy(name, source.view(), target.view()), [source], [target])
+        return target
+
+    def planes(self, place: _Place, channel: int, name: str) -> _Place:
+        """`place` as channel planes in the arena, copied if need be."""
+        if place.is_planes(channel) and place.storage.root()[0].buffer == 0:
+            return place
+        return self.copy(place, self.new(place.sizes, [channel]), f"{name}.layout")
+
+    def constant(self, array: numpy.ndarray) -> _Place:
+        """A place for a tensor that never changes, in the buffer that is passed to every run."""
+        array = numpy.ascontiguousarray(array, dtype=numpy.float32)
+        offset = self.constant_floats
+        self.constants.append(array.reshape(-1))
+        padded = -(-max(1, array.size) // _ALIGN) * _ALIGN
+        self.constants.append(numpy.zeros(padded - array.size, dtype=numpy.float32))
+        self.constant_floats += padded
+        storage = _Storage(padded, self.constants_buffer, offset)
+        return _Place(storage, 0, array.shape, tuple(_contiguous_strides(array.shape)))
+
+    def params(self, node: Node) -> dict[str, Tensor]:
+        return {role: self.graph.constants[name] for role, name in node.params.items()}
+
+    def broadcast(self, place: _Place, sizes: Sequence[int]) -> _Place:
+        missing = len(sizes) - len(place.sizes)
+        old_sizes = (1,) * missing + place.sizes
+        old_strides = (0,) * missing + place.strides
+        strides = [0 if old == 1 and new != 1 else stride for old, new, stride in zip(old_sizes, sizes, old_strides, strict=True)]
+        return place.with_view(sizes, strides)
+
+    # -- the whole
+
+    def finish(self, threads: int) -> NativePlan:
+        graph = self.graph
+        for index, name in enumerate(graph.inputs):
+            if not self.native(name):
+                self.foreign.add(name)
+                continue
+            sizes = self.shape(name)
+            self.places[name] = _Place(_Storage(max(1, math.prod(sizes)), index + 1), 0, sizes, tuple(_contiguous_strides(sizes)))
+        for node in graph.nodes:
+            getattr(self, f"op_{node.op}")(node)
+        outputs: list[str] = []
+        for index, name in enumerate(graph.outputs):
+            if name in self.foreign:
+                continue
+            source, sizes = self.places[name], self.shape(name)
+            buffer = len(graph.inputs) + index + 1
+            target = _Place(_Storage(max(1, math.prod(sizes)), buffer), 0, sizes, tuple(_contiguous_strides(sizes)))
+            if math.prod(sizes):
+                self.copy(source, target, f"output.{name}")
+            outputs.append(name)
+        arena = self._memory_plan()
+        floats = [math.prod(self.shape(name)) for name in graph.inputs + graph.outputs] + [self.constant_floats]
+        plan = _C.Plan(arena, [max(1, n) for n in floats])
+        for step in self.steps:
+            step.emit(plan)
+        constants = numpy.concatenate(self.constants) if self.constants else numpy.zeros(1, dtype=numpy.float32)
+        shapes = [self.shape(name) for name in graph.outputs]
+        return NativePlan(plan, list(graph.inputs), list(graph.outputs), shapes, set(self.foreign), constants, threads, self.state)
+
+    def _memory_plan(self) -> int:
+        """Offsets for all storages: the largest first, each at the lowest place that is free during its lifetime."""
+        for index, step in enumerate(self.steps):
+            for place in (*step.reads, *step.writes):
+                root = place.storage.root()[0]
+                root.first, root.last = min(root.first, index), max(root.last, index)
+        roots = {id(root): root for step in self.steps for place in (*step.reads, *step.writes) if (root := place.storage.root()[0]).buffer == 0}
+        placed: list[_Storage] = []
+        top = 0
+        for storage in sorted(roots.values(), key=lambda s: (-s.floats, s.first)):
+            floats = -(-storage.floats // _ALIGN) * _ALIGN + _ALIGN
+            busy = sorted((other.offset, other.offset + -(-other.floats // _ALIGN) * _ALIGN + _ALIGN) for other in placed if other.first <= storage.last and storage.first <= other.last)
+            offset = 0
+            for begin, end in busy:
+                if offset + floats <= begin:
+                    break
+                offset = max(offset, end)
+            storage.offset = offset
+            placed.append(storage)
+            top = max(top, offset + floats)
+        return top
+
+    # -- linear operators
+
+    def op_conv2d(self, node: Node) -> None:
+        attrs, params = node.attrs, self.params(node)
+        weight = params["weight"]
+        x = self.places[node.inputs[0]]
+        n, c, h, w = x.sizes
+        geometry = {
+            "n": n, "c": c, "h": h, "w": w, "r": weight.shape[2], "s": weight.shape[3],
+            "stride": tuple(attrs["stride"]), "padding": tuple(attrs["padding"]), "dilation": tuple(attrs["dilation"]),
+        }  # fmt: skip
+        sizes = self.shape(node.output)
+        if math.prod(sizes) == 0:
+            self.places[node.output] = self.new(sizes, [1])
+            return
+        array = _array(weight.reshape(weight.shape[0], -1))
+        problem = LinearProblem(node.name, array, weight.shape[0], attrs["groups"], geometry, sizes[0] * sizes[2] * sizes[3])
+        phases = _C.phase_floats(geometry)
+        if phases == 0:
+            # A 1×1 convolution without padding reads whole planes; anything shifted reads through masks, so the user's own memory will do.
+            direct = x.is_planes(1) and (not problem.pointwise or x.storage.root()[0].buffer == 0)
+            if not direct or (problem.pixels == 1 and x.strides[1] != 1):
+                x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
+        elif x.strides[3] > 2 or x.strides[3] < 1:
+            x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
+        out = self.new(sizes, [1])
+        self._linear_operator(node, problem, x, out, 1, phases)
+
+    def op_linear(self, node: Node) -> None:
+        weight = self.params(node)["weight"]
+        x = self.places[node.inputs[0]]
+        last = len(x.sizes) - 1
+        sizes = self.shape(node.output)
+        pixels = math.prod(x.sizes[:-1])
+        if math.prod(sizes) == 0:
+            self.places[node.output] = self.new(sizes, [last])
+            return
+        columns = weight.shape[1]
+        geometry = {"n": 1, "c": columns, "h": 1, "w": pixels, "r": 1, "s": 1, "stride": (1, 1), "padding": (0, 0, 0, 0), "dilation": (1, 1)}
+        problem = LinearProblem(node.name, _array(weight), weight.shape[0], 1, geometry, pixels)
+        if columns == 0:
+            raise ConvertError(f"{node.name}: a linear layer without inputs")
+        x = x if pixels == 1 and x.strides[last] == 1 else self.planes(x, last, node.name)
+        if pixels == 1 and x.strides[last] != 1 and columns > 1:
+            x = self.copy(x, self.new(x.sizes, [last]), f"{node.name}.layout")
+        flat = x.with_view((1, columns, 1, pixels), (0, x.strides[last] if columns > 1 else 1, 0, 1))
+        out = self.new(sizes, [last])
+        self._linear_operator(node, problem, flat, out, last, 0)
+
+    def _linear_operator(self, node: Node, problem: LinearProblem, x: _Place, out: _Place, channel: int, phases: int) -> None:
+        params = self.params(node)
+        self.problems[node.name] = problem
+        choice = self._choice(problem)
+        if choice.kernel == "vector" and x.strides[1] != 1 and problem.channels > 1:
+            x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
+        key = (node.params["weight"], node.name, choice.kernel, choice.panel, choice.part, choice.row_block)
+        if key not in self.weights:
+            self.weights[key] = make_weight(problem, choice)
+        weight = self.weights[key]
+        bias = _array(params["bias"]) if "bias" in params else None
+        residual = self.planes(self.places[node.inputs[1]], channel, f"{node.name}.residual") if len(node.inputs) == 2 else None
+        activation = _activation(node.attrs["activation"])
+        workspace = _Place(_Storage(phases), 0, (phases,), (1,)) if phases else None
+        residual_stride = residual.strides[channel] if residual is not None and problem.rows > 1 else (out.strides[channel] if residual is not None else 0)
+
+        def emit(plan: Any) -> None:
+            add_linear(
+                plan, problem, choice, weight, bias, x.view(), workspace.at() if workspace else (0, 0), out.at(), out.strides[channel],
+                residual.at() if residual is not None else None, residual_stride, activation,
+            )  # fmt: skip
+
+        reads = [x] + ([residual] if residual is not None else [])
+        self.step(emit, reads, [out] + ([workspace] if workspace else []))
+        self.places[node.output] = out
+
+    def _choice(self, problem: LinearProblem) -> LinearChoice:
+        chosen = _lookup(self.choices, problem.name, self.batch)
+        if chosen is None:
+            return default_choice(problem)
+        choice = LinearChoice(**chosen)
+        # A choice made at another batch size may not exist at this one.
+        if (choice.kernel == "vector") != problem.vector or (choice.kernel == "depthwise" and not problem.depthwise):
+            return default_choice(problem)
+        if choice.kernel not in ("vector", "depthwise"):
+            choice.row_block = default_row_block(problem, choice) if choice.row_block == -1 else choice.row_block
+        return choice
+
+    # -- elementwise
+
+    def op_unary(self, node: Node) -> None:
+        x = self.places[node.inputs[0]]
+        out = self.like(x, x.sizes)
+        activation = _activation(node.attrs["activation"])
+        self.step(lambda plan: plan.unary(node.name, x.view(), out.view(), activation), [x], [out])
+        self.places[node.output] = out
+
+    def op_binary(self, node: Node) -> None:
+        a, b = (self.places[name] for name in node.inputs)
+        self._binary(node, a, b, node.attrs["kind"], _activation(node.attrs["activation"]))
+
+    def op_scalar(self, node: Node) -> None:
+        x = self.places[node.inputs[0]]
+        value = self.constant(numpy.array([node.attrs["value"]], dtype=numpy.float32))
+        a, b = (value, x) if node.attrs["reverse"] else (x, value)
+        self._binary(node, a, b, node.attrs["kind"], _NO_ACTIVATION)
+
+    def _binary(self, node: Node, a: _Place, b: _Place, kind: str, activation: tuple[str, float, float]) -> None:
+        sizes = self.shape(node.output)
+        full = next((place for place in (a, b) if place.sizes == sizes and place.storage.root()[0].buffer == 0), None)
+        full = full or next((place for place in (a, b) if place.sizes == sizes), None)
+        out = self.like(full, sizes) if full is not None else self.new(sizes)
+        a, b = self.broadcast(a, sizes), self.broadcast(b, sizes)
+        self.step(lambda plan: plan.binary(node.name, kind, a.view(), b.view(), out.view(), activation), [a, b], [out])
+        self.places[node.output] = out
+
+    def op_affine(self, node: Node) -> None:
+        x = self.places[node.inputs[0]]
+        out = self.like(x, x.sizes)
+        params = self.params(node)
+        scale, shift = _array(params["scale"]), _array(params["shift"])
+        axis = node.attrs["axis"] % len(x.sizes)
+        activation = _activation(node.attrs["activation"])
+        self.step(lambda plan: plan.affine(node.name, x.view(), out.view(), axis, scale, shift, activation), [x], [out])
+        self.places[node.output] = out
+
+    # -- pooling, reductions, normalisation
+
+    def op_max_pool2d(self, node: Node) -> None:
+        self._pool(node, True)
+
+    def op_avg_pool2d(self, node: Node) -> None:
+        self._pool(node, False)
+
+    def _pool(self, node: Node, maximum: bool) -> None:
+        attrs = node.attrs
+        x = self.places[node.inputs[0]]
+        out = self.new(self.shape(node.output), [1])
+        options = {
+            "max": maximum, "kernel": tuple(attrs["kernel"]), "stride": tuple(attrs["stride"]), "padding": tuple(attrs["padding"]),
+            "dilation": tuple(attrs.get("dilation", (1, 1))), "count_include_pad": bool(attrs.get("count_include_pad", True)), "divisor": int(attrs.get("divisor") or 0),
+        }  # fmt: skip
+        self.step(lambda plan: plan.pool(node.name, x.view(), out.view(), options), [x], [out])
+        self.places[node.output] = out
+
+    def op_adaptive_avg_pool2d(self, node: Node) -> None:
+        x = self.places[node.inputs[0]]
+        out = self.new(self.shape(node.output), [1])
+        self.step(lambda plan: plan.adaptive_average_pool(node.name, x.view(), out.view()), [x], [out])
+        self.places[node.output] = out
+
+    def op_reduce(self, node: Node) -> None:
+        x = self.places[node.inputs[0]]
+        rank = len(x.sizes)
+        dims = sorted({d % rank for d in node.attrs["dims"]})
+        sizes = [1 if d in dims else size for d, size in enumerate(x.sizes)]
+        out = self.like(x, sizes)
+        kind = node.attrs["kind"]
+        self.step(lambda plan: plan.reduce(node.name, x.view(), out.view(), dims, kind), [x], [out])
+        if not node.attrs["keepdim"]:
+            kept = [d for d in range(rank) if d not in dims]
+            out = out.permuted(kept)
+        self.places[node.output] = out
+
+    def op_softmax(self, node: Node) -> None:
+        x = self.places[node.inputs[0]]
+        out = self.like(x, x.sizes)
+        dim = node.attrs["dim"] % len(x.sizes)
+        self.step(lambda plan: plan.softmax(node.name, x.view(), out.view(), dim), [x], [out])
+        self.places[node.output] = out
+
+    def op_layer_norm(self, node: Node) -> None:
+        x = self.places[node.inputs[0]]
+        dims = node.attrs["dims"]
+        if dims > 1 and _view_strides(x.sizes[-dims:], x.strides[-dims:], [math.prod(x.sizes[-dims:])]) is None:
+            x = self.copy(x, self.new(x.sizes), f"{node.name}.layout")
+        out = self.like(x, x.sizes) if dims == 1 else self.new(x.sizes)
+        if dims > 1:
+            x = x if x.strides == out.strides else self.copy(x, self.new(x.sizes), f"{node.name}.layout")
+        params = self.params(node)
+        weight, bias = (_array(params[role]).reshape(-1) if role in params else None for role in ("weight", "bias"))
+        eps = float(node.attrs["eps"])
+        self.step(lambda plan: plan.layer_norm(node.name, x.view(), out.view(), dims, weight, bias, eps), [x], [out])
+        self.places[node.output] = out
+
+    def op_group_norm(self, node: Node) -> None:
+        x = self.places[node.inputs[0]]
+        out = self.like(x, x.sizes)
+        params = self.params(node)
+        weight, bias = (_array(params[role]) if role in params else None for role in ("weight", "bias"))
+        groups, eps = node.attrs["groups"], float(node.attrs["eps"])
+        self.step(lambda plan: plan.group_norm(node.name, x.view(), out.view(), groups, weight, bias, eps), [x], [out])
+        self.places[node.output] = out
+
+    # -- products of activations
+
+    def op_matmul(self, node: Node) -> None:
+        a, b = (self.places[name] for name in node.inputs)
+        sizes = self.shape(node.output)
+        a = self.broadcast(a, (*sizes[:-2], *a.sizes[-2:]))
+        b = self.broadcast(b, (*sizes[:-2], *b.sizes[-2:]))
+        if b.strides[-1] != 1 and b.sizes[-1] > 1:
+            b = self.copy(b, self.new(b.sizes), f"{node.name}.layout")
+        out = self.new(sizes)
+        if math.prod(sizes):
+            self.step(lambda plan: plan.matmul(node.name, a.view(), b.view(), out.view()), [a, b], [out])
+        self.places[node.output] = out
+
+    def op_attention(self, node: Node) -> None:
+        q, k, v = (self.places[name] for name in node.inputs[:3])
+        sizes = self.shape(node.output)
+        leading, rank = sizes[:-2], len(sizes)
+        q, k, v = (self.broadcast(place, (*leading, *place.sizes[-2:])) for place in (q, k, v))
+        # Queries run along the vector: heads and depth outside, batch and length inside, which is how the projections around it lie.
+        outer = [1, rank - 1] if rank == 4 else [rank - 1]
+        if q.strides[-2] != 1 and q.sizes[-2] > 1:
+            q = self.copy(q, self.new(q.sizes, outer), f"{node.name}.layout")
+        out = self.new(sizes, outer)
+        mask = None
+        if len(node.inputs) == 4:
+            mask = self.broadcast(self.places[node.inputs[3]], (*leading, q.sizes[-2], k.sizes[-2]))
+        scale, causal = float(node.attrs["scale"]), bool(node.attrs["causal"])
+        reads = [q, k, v] + ([mask] if mask is not None else [])
+        if math.prod(sizes):
+            self.step(
+                lambda plan: plan.attention(node.name, q.view(), k.view(), v.view(), out.view(), scale, causal, mask.view() if mask is not None else None), reads, [out]
+            )  # fmt: skip
+        self.places[node.output] = out
+
+    # -- shapes
+
+    def op_permute(self, node: Node) -> None:
+        x = self.places[node.inputs[0]]
+        self.places[node.output] = x.permuted([d % len(x.sizes) for d in node.attrs["dims"]])
+
+    def op_expand(self, node: Node) -> None:
+        self.places[node.output] = self.broadcast(self.places[node.inputs[0]], self.shape(node.output))
+
+    def op_slice(self, node: Node) -> None:
+        x = self.places[node.inputs[0]]
+        sizes = self.shape(node.output)
+        dim = node.attrs["dim"] % len(x.sizes)
+        start, _, step = slice(node.attrs["start"], node.attrs["stop"], node.attrs["step"]).indices(x.sizes[dim])
+        strides = list(x.strides)
+        shift = start * strides[dim]
+        strides[dim] *= step
+        self.places[node.output] = x.with_view(sizes, strides, shift if math.prod(sizes) else 0)
+
+    def op_reshape(self, node: Node) -> None:
+        x = self.places[node.inputs[0]]
+        shape = list(shape_at(shape_from_json(node.attrs["shape"], node.name), self.batch))
+        strides = _view_strides(x.sizes, x.strides, shape)
+        if strides is None:
+            x = self.copy(x, self._for_reshape(x, shape), f"{node.name}.layout")
+            strides = _view_strides(x.sizes, x.strides, shape)
+        if strides is None:
+            x = self.copy(x, self.new(x.sizes), f"{node.name}.layout")
+            strides = _view_strides(x.sizes, x.strides, shape)
+        if strides is None:
+            raise ConvertError(f"{node.name}: cannot reshape {x.sizes} to {tuple(shape)}")
+        self.places[node.output] = x.with_view(shape, strides)
+
+    def _for_reshape(self, x: _Place, shape: Sequence[int]) -> _Place:
+        """An order of x's dimensions in which the new shape is a view and its last dimension, if possible, is outermost (channel planes)."""
+        last = shape[-1]
+        tail, product = len(x.sizes), 1
+        while tail > 0 and product < last:
+            tail -= 1
+            product *= x.sizes[tail]
+        if product == last and 0 < tail < len(x.sizes) and math.prod(x.sizes[:tail]) > 1:
+            return self.new(x.sizes, list(range(tail, len(x.sizes))))
+        if len(x.sizes) == 4 and len(shape) == 4 and x.order[0] == 1 and shape[0] == x.sizes[0]:
+            return self.new(x.sizes)
+        return self.new(x.sizes)
+
+    def op_concat(self, node: Node) -> None:
+        sizes = self.shape(node.output)
+        dim = node.attrs["dim"] % len(sizes)
+        out = self._concat_place(node, sizes, dim)
+        start = 0
+        for name in node.inputs:
+            part = self.places[name]
+            extent = part.sizes[dim]
+            target = out.with_view(part.sizes, out.strides, start * out.strides[dim])
+            start += extent
+            if math.prod(part.sizes) == 0 or self._same_memory(part, target):
+                continue
+            if self._adopt(part, target, out, dim):
+                continue
+            self.copy(part, target, f"{node.name}.{name}")
+        self.places[node.output] = out
+
+    def _concat_place(self, node: Node, sizes: tuple[int, ...], dim: int) -> _Place:
+        hosted = self.concats.get(node.name)
+        if hosted is not None:
+            host, host_inputs = hosted
+            if host not in self.concat_hosts:
+                total = list(sizes)
+                total[dim] = sum(self.shape(name)[dim] for name in host_inputs)
+                self.concat_hosts[host] = self._concat_layout(node, tuple(total), dim)
+            place = self.concat_hosts[host]
+            return place.with_view(sizes, place.strides)
+        if node.name in self.concat_hosts:
+            return self.concat_hosts[node.name]
+        return self._concat_layout(node, sizes, dim)
+
+    def _concat_layout(self, node: Node, sizes: tuple[int, ...], dim: int) -> _Place:
+        first = self.places[node.inputs[0]]
+        if dim == first.order[0] or (len(sizes) == 4 and dim == 1):
+            return self.new(sizes, [dim])
+        return self.like(first, sizes)
+
+    @staticmethod
+    def _same_memory(a: _Place, b: _Place) -> bool:
+        (root_a, offset_a), (root_b, offset_b) = a.storage.root(), b.storage.root()
+        return root_a is root_b and offset_a + a.offset == offset_b + b.offset and _equal_strides(a, b)
+
+    @staticmethod
+    def _adopt(part: _Place, target: _Place, out: _Place, dim: int) -> bool:
+        """Let the concatenated input be written where it is wanted in the first place."""
+        storage = part.storage
+        if storage.host is not None or storage.buffer != 0 or part.offset != 0 or not _equal_strides(part, target):
+            return False
+        if out.order[0] != dim or storage.floats > max(1, part.sizes[dim]) * out.strides[dim] or math.prod(part.sizes) == 0:
+            return False
+        if out.storage.root()[0] is storage:
+            return False
+        storage.host = (out.storage, target.offset)
+        return True
+
+    def op_pad(self, node: Node) -> None:
+        x = self.places[node.inputs[0]]
+        pads = list(node.attrs["pad"])
+        rank = len(x.sizes)
+        before, after = [0] * rank, [0] * rank
+        for i in range(len(pads) // 2):
+            before[rank - 1 - i], after[rank - 1 - i] = pads[2 * i], pads[2 * i + 1]
+        sizes = list(x.sizes)
+        shift = 0
+        for d in range(rank):  # negative padding crops
+            crop_before, crop_after = max(0, -before[d]), max(0, -after[d])
+            shift += crop_before * x.strides[d]
+            sizes[d] -= crop_before + crop_after
+        x = x.with_view(sizes, x.strides, shift)
+        out = self.like(x, self.shape(node.output))
+        value = float(node.attrs["value"])
+        inner = out.with_view(sizes, out.strides, sum(max(0, before[d]) * out.strides[d] for d in range(rank)))
+        self.step(lambda plan: plan.fill(f"{node.name}.border", out.view(), value), [], [out])
+        if math.prod(sizes):
+            self.step(lambda plan: plan.copy(node.name, x.view(), inner.view()), [x], [inner])
+        self.places[node.output] = out
+
+    def op_constant(self, node: Node) -> None:
+        value = self.params(node)["value"]
+        if not self.native(node.output):
+            self.foreign.add(node.output)
+            self.step(self._callback(node, lambda inputs: [value]), [], [])
+            return
+        self.places[node.output] = self.constant(value.detach().to(torch.float32).numpy())
+
+    # -- everything else
+
+    def op_fallback(self, node: Node) -> None:
+        from sparse_engine.convert.fallback import run_fallback
+
+        graph, batch = self.graph, self.batch
+        reads = [self.places[name] for name in node.inputs if name not in self.foreign]
+        writes = []
+        for name in node.outputs:
+            if self.native(name):
+                self.places[name] = self.new(self.shape(name))
+                writes.append(self.places[name])
+            else:
+                self.foreign.add(name)
+        self.step(self._callback(node, lambda inputs: run_fallback(graph, node, inputs, batch)), reads, writes)
+
+    def _callback(self, node: Node, call: Callable[[list[Tensor]], list[Tensor]]) -> Callable[[Any], None]:
+        native_in = [name for name in node.inputs if name not in self.foreign]
+        native_out = [name for name in node.outputs if self.native(name)]
+        places = [self.places[name] for name in native_in + native_out]
+        foreign = self.foreign
+        state = self.state
+
+        def run(addresses: list[int]) -> None:
+            tensors = [_wrap(address, place) for address, place in zip(addresses, places, strict=True)]
+            native = dict(zip(native_in, tensors, strict=False))
+            inputs = [state.values[name] if name in foreign else native[name] for name in node.inputs]
+            results = call(inputs)
+            targets = dict(zip(native_out, tensors[len(native_in) :], strict=True))
+            for name, result in zip(node.outputs, results, strict=True):
+                if name in targets:
+                    targets[name].copy_(result)
+                else:
+                    state.values[name] = result
+
+        return lambda plan: plan.callback(node.name, run, [place.view() for place in places])
+
+
+def _wrap(address: int, place: _Place) -> Tensor:
+    """A tensor over memory of the runtime, valid during one callback."""
+    if math.prod(place.sizes) == 0:
+        return torch.empty(place.sizes)
+    floats = 1 + sum((size - 1) * stride for size, stride in zip(place.sizes, place.strides, strict=True))
+    memory = (ctypes.c_float * floats).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.float32).as_strided(place.sizes, place.strides)
+
+
+def _equal_strides(a: _Place, b: _Place) -> bool:
+    return all(x == y for size, x, y in zip(a.sizes, a.strides, b.strides, strict=True) if size > 1)
+
+
+def _plan_concats(graph: Graph) -> dict[str, tuple[str, list[str]]]:
+    """For each concat whose inputs begin those of a later, longer one (dense blocks): that one's name and inputs, so that both share memory."""
+    hosts: dict[str, tuple[str, list[str]]] = {}
+    later: list[Node] = []
+    for node in reversed(graph.nodes):
+        if node.op != "concat":
+            continue
+        for other in later:
+            if other.attrs["dim"] == node.attrs["dim"] and len(other.inputs) > len(node.inputs) and other.inputs[: len(node.inputs)] == node.inputs:
+                hosts[node.name] = (other.name, other.inputs)
+                break
+        else:
+            later.append(node)
+    return hosts
+
+
+def _lookup(choices: Any, name: str, batch: int) -> dict[str, Any] | None:
+    """The choice for a node: `choices` maps node names to LinearChoice fields, or is an object whose `for_node(name, batch)` does."""
+    if choices is None:
+        return None
+    if hasattr(choices, "for_node"):
+        return choices.for_node(name, batch)
+    entry = choices.get(name)
+    return None if entry is None else dict(entry.get("choice", entry))
+
+
+class NativePlan:
+    """A compiled graph for one batch size; `run` may be called from several threads at once."""
+
+    def __init__(
+        self,
+        plan: Any,
+        inputs: list[str],
+        outputs: list[str],
+        shapes: list[tuple[int, ...]],
+        foreign: set[str],
+        constants: numpy.ndarray,
+        threads: int,
+        state: threading.local,
+    ) -> None:
+        self._plan = plan
+        self._inputs = inputs
+        self._outputs = outputs
+        self._shapes = shapes
+        self._foreign = foreign
+        self._constants = constants
+        self._constants_address = constants.ctypes.data
+        self._threads = threads
+        self._state = state
+
+    def run(self, inputs: list[Tensor]) -> list[Tensor]:
+        """One contiguous tensor per graph input in, one new tensor per graph output out."""
+        outputs, addresses = self._prepare(inputs)
+        self._plan.run(addresses, self._threads)
+        return self._collect(outputs)
+
+    def profile(self, inputs: list[Tensor]) -> list[tuple[str, float]]:
+        """Seconds per native node of one run, in order."""
+        outputs, addresses = self._prepare(inputs)
+        seconds = self._plan.profile(addresses, self._threads)
+        self._collect(outputs)
+        return list(zip(self._plan.names, seconds, strict=True))
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of working memory of one call."""
+        return self._plan.arena_bytes
+
+    def _prepare(self, inputs: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+        outputs = [torch.empty(shape) for shape in self._shapes]
+        addresses = [tensor.data_ptr() for tensor in inputs]
+        addresses += [tensor.data_ptr() for tensor in outputs]
+        addresses.append(self._constants_address)
+        if self._foreign:
+            self._state.values = {name: tensor for name, tensor in zip(self._inputs, inputs, strict=True) if name in self._foreign}
+        return outputs, addresses
+
+    def _collect(self, outputs: list[Tensor]) -> list[Tensor]:
+        if self._foreign:
+            values = self._state.values
+            self._state.values = {}
+            return [values[name] if name in self._foreign else tensor for name, tensor in zip(self._outputs, outputs, strict=True)]
+        return outputs
