@@ -133,12 +133,12 @@ def augmented(x: Tensor, kind: str, generator: torch.Generator | None = None, fi
 
     Args:
         x: [N, C, H, W].
-        kind: ``"flip_crop"`` (up to 4 pixels) or ``"shift"`` (up to 2).
+        kind: ``"flip_crop"`` (up to an eighth of the side) or ``"shift"`` (up to a 14th, at least one pixel).
         generator: of the random numbers.
         fill: value of what is shifted in, broadcastable to [1, C, 1, 1].
     """
     n, _, height, width = x.shape
-    reach = 4 if kind == "flip_crop" else 2
+    reach = max(1, height // 8) if kind == "flip_crop" else max(1, height // 14)
     fill = torch.as_tensor(fill, dtype=x.dtype)
     padded = torch.nn.functional.pad(x - fill, (reach,) * 4) + fill
     offsets = torch.randint(0, 2 * reach + 1, (2, n), generator=generator)

@@ -1,0 +1,118 @@
+"""What takes part in a phase: rewiring masks, learned gates, annealed helpers, trackers of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_engine.coreset import ForgettingTracker, InfoBatchOrder
+from sparse_engine.distill.batch import Batch
+from sparse_engine.prune import LearnedMasks
+
+from .loop import Mechanism, Phase
+from .post import PostPruning
+
+
+class Rewiring(Mechanism):
+    """Masks that move: anything with ``update(step) -> bool``, made when the optimiser exists.
+
+    Args:
+        make: from the phase to a ``DynamicMask``, ``GraNet`` or ``GradualPruning``.
+        before: whether it acts before the optimiser step (and may replace it) or after.
+    """
+
+    def __init__(self, make: Callable[[Phase], Any], before: bool) -> None:
+        self.make = make
+        self.before = before
+        self.inner: Any = None
+
+    def attach(self, phase: Phase) -> None:
+        self.inner = self.make(phase)
+
+    def before_step(self, step: int) -> bool:
+        return bool(self.inner.update(step)) if self.before else False
+
+    def after_step(self, step: int) -> None:
+        if not self.before:
+            self.inner.update(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict() if hasattr(self.inner, "state_dict") else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if hasattr(self.inner, "load_state_dict"):
+            self.inner.load_state_dict(state)
+
+
+class GateTraining(Mechanism):
+    """Learned gates on every weight; their penalty joins the loss. The gates' own state is part of the model's.
+
+    Args:
+        gates: on the phase's model.
+        factor: their learning rate over that of the weights.
+    """
+
+    def __init__(self, gates: LearnedMasks, factor: float = 1.0) -> None:
+        self.gates = gates
+        self.factor = factor
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self.gates.parameters()
+
+    def attach(self, phase: Phase) -> None:
+        phase.optimizer.param_groups[-1]["factor"] = self.factor
+
+    def progress(self, share: float) -> None:
+        self.gates.set_progress(share)
+
+    def penalty(self) -> Tensor:
+        return self.gates.penalty()
+
+
+class Helpers(Mechanism):
+    """Soft activations and skip connections, annealed by the share of the phase done."""
+
+    def __init__(self, post: PostPruning) -> None:
+        self.post = post
+
+    def progress(self, share: float) -> None:
+        self.post.set_progress(share)
+
+
+class Forgetting(Mechanism):
+    """Feeds a :class:`ForgettingTracker` from the training passes."""
+
+    def __init__(self, tracker: ForgettingTracker) -> None:
+        self.tracker = tracker
+
+    def observe(self, batch: Batch, outputs: Tensor) -> None:
+        if batch.indices is not None:
+            self.tracker.observe(batch.indices, outputs, batch.targets)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.tracker.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tracker.load_state_dict(state)
+
+
+class InfoBatch(Mechanism):
+    """Tells an :class:`InfoBatchOrder` the loss of every sample."""
+
+    def __init__(self, order: InfoBatchOrder) -> None:
+        self.order = order
+
+    @torch.no_grad()
+    def observe(self, batch: Batch, outputs: Tensor) -> None:
+        if batch.indices is not None:
+            self.order.observe(batch.indices, F.cross_entropy(outputs.float(), batch.targets, reduction="none"))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.order.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order.load_state_dict(state)
