@@ -43,7 +43,7 @@ SE_INLINE void map(const float* x, float* y, int64_t n, F f) {
 void activate(Activation kind, float p0, float p1, const float* x, float* y, int64_t n) {
     switch (kind) {
         case Activation::none:
-            if (x != y) std::memmove(y, x, size_t(n) * sizeof(float));
+            if (x != y && n > 0) std::memmove(y, x, size_t(n) * sizeof(float));
             return;
         case Activation::clamp: return map(x, y, n, [=](Vec v) { return clamp(v, p0, p1); });
         case Activation::leaky_relu: return map(x, y, n, [=](Vec v) { return fma(splat(p0), at_most(v, zero()), at_least(v, zero())); });

@@ -148,7 +148,8 @@ SE_INLINE Vec round_to_int(Vec v) {
     return v;
 }
 SE_INLINE Vec scale_by_power_of_two(Vec v, Vec power) {
-    SE_EACH v.lane[i] = std::ldexp(v.lane[i], static_cast<int>(power.lane[i]));
+    // v is NaN wherever power is, and stays so; converting that power would be undefined.
+    SE_EACH v.lane[i] = std::ldexp(v.lane[i], power.lane[i] == power.lane[i] ? static_cast<int>(power.lane[i]) : 0);
     return v;
 }
 SE_INLINE Vec sqrt(Vec v) {
