@@ -97,10 +97,13 @@ class EqualCounts(Constraint):
 
     def shrink(self, removed: Removed) -> list[int]:
         vector = removed[self.axis]
-        target = min(np.count_nonzero(vector[part]) for part in self.parts)
+        together = np.logical_and.reduce(
+            [vector[part] for part in self.parts]
+        )  # positions that leave every part at once
+        alone = [part[vector[part] & ~together] for part in self.parts]
+        target = min(len(gone) for gone in alone)
         changed = False
-        for part in self.parts:
-            gone = part[vector[part]]
+        for gone in alone:
             if len(gone) > target:
                 vector[gone[target:]] = False
                 changed = True
@@ -200,20 +203,27 @@ class Axes:
             for axis in set(constraint.axes):
                 readers.setdefault(axis, []).append(position)
         self.apply_frozen(removed)
-        for vector in removed.values():
-            if len(vector) and vector.all():
-                vector[0] = False
         queue = deque(range(len(constraints)))
         queued = [True] * len(constraints)
-        while queue:
-            position = queue.popleft()
-            queued[position] = False
-            for axis in constraints[position].shrink(removed):
-                for reader in readers.get(axis, ()):
-                    if not queued[reader]:
-                        queued[reader] = True
-                        queue.append(reader)
-        return removed
+        while True:
+            while queue:
+                position = queue.popleft()
+                queued[position] = False
+                for axis in constraints[position].shrink(removed):
+                    _wake(readers.get(axis, ()), queue, queued)
+            emptied = [axis for axis, vector in removed.items() if len(vector) and vector.all()]
+            if not emptied:
+                return removed
+            for axis in emptied:
+                removed[axis][0] = False
+                _wake(readers.get(axis, ()), queue, queued)
+
+
+def _wake(readers: Iterable[int], queue: deque[int], queued: list[bool]) -> None:
+    for reader in readers:
+        if not queued[reader]:
+            queued[reader] = True
+            queue.append(reader)
 
 
 def _changed(axes: Sequence[int], before: Sequence[int], vectors: Sequence[NDArray[np.bool_]]) -> list[int]:

@@ -20,6 +20,7 @@ from .axes import Condition, Constraint, Removed
 from .capture import ExampleInputs, arguments, capture, operator_name, shape_of, split_inputs
 from .constants import Knowledge, Partial, connections, constant_indices, propagate
 from .spec import CompactionSpec, compaction_spec, replace_tensor, tensor_owners
+from .units import Group, removal
 
 _BIASABLE = (nn.Linear, nn.modules.conv._ConvNd)
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -115,6 +116,36 @@ def probe_inputs(example_inputs: ExampleInputs) -> list[tuple[tuple[Any, ...], d
         return value
 
     return [(args, kwargs), (torch.utils._pytree.tree_map(noise, args), torch.utils._pytree.tree_map(noise, kwargs))]
+
+
+def adaptable(
+    analysis: Analysis, model: nn.Module, groups: Sequence[Group], example_inputs: ExampleInputs
+) -> tuple[list[Group], dict[str, dict[str, tuple[int, str]]], list[str]]:
+    """Which groups the model's own code can shrink, found by running it with half of each.
+
+    Args:
+        analysis: of the model.
+        model: in evaluation mode; not changed.
+        groups: from `find_groups`.
+        example_inputs: as for `compact`.
+
+    Returns:
+        The groups that can shrink; the attributes of the model's modules that have to follow, for `slicing_spec`; and the reasons for the rest.
+    """
+    attempts = _Attempts(analysis)
+    args, kwargs = split_inputs(example_inputs)
+    able = list(groups)
+    while True:
+        gone = [np.arange(len(group)) < len(group) // 2 for group in able]
+        removed = removal(analysis, able, gone)
+        small = copy.deepcopy(model)
+        slicing_spec(analysis, removed, small, attempts.attributes).apply_(small)
+        problem = _run(small, args, kwargs)
+        if not isinstance(problem, _Failure):
+            return able, attempts.attributes, attempts.notes
+        if not attempts.learn(problem, small, removed):
+            raise PruneError(f"{type(model).__name__}'s own code does not run with smaller layers: {problem.message}")
+        able = [group for group in able if not set(group.axes) & attempts.frozen]
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------------------------------------------
@@ -617,39 +648,45 @@ def _difference(
 ) -> _Failure | float | None:
     """None when both models agree; the failure or the relative difference otherwise."""
     small.eval()
+    for args, kwargs in probes:
+        with torch.no_grad():
+            expected = _tensors(base(*args, **kwargs))
+        result = _run(small, args, kwargs)
+        if isinstance(result, _Failure):
+            return result
+        if [t.shape for t in expected] != [t.shape for t in result]:
+            return float("inf")
+        for a, b in zip(expected, result, strict=True):
+            if not a.is_floating_point():
+                if not torch.equal(a, b):
+                    return float("inf")
+                continue
+            if a.numel() == 0 or not bool(torch.isfinite(a).all()):
+                continue  # random inputs may overflow a model; the example inputs still count
+            scale = max(float(a.abs().max()), torch.finfo(a.dtype).tiny)
+            error = float((a.double() - b.double()).abs().max()) / scale
+            if not error <= _TOLERANCE.get(a.dtype, 1e-5) * 10:
+                return error
+    return None
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | _Failure:
+    """The output tensors of a model, or which of its modules failed and how."""
     stack: list[str] = []
-    paths = {module: path for path, module in small.named_modules()}
-    entered = [module.register_forward_pre_hook(lambda m, _: stack.append(paths[m])) for module in paths]
+    paths = {module: path for path, module in model.named_modules()}
 
     def leave(*_: Any) -> None:
         stack.pop()
 
-    left = [module.register_forward_hook(leave) for module in paths]
+    hooks = [module.register_forward_pre_hook(lambda m, _: stack.append(paths[m])) for module in paths]
+    hooks += [module.register_forward_hook(leave) for module in paths]
     try:
-        for args, kwargs in probes:
-            stack.clear()
-            with torch.no_grad():
-                expected = _tensors(base(*args, **kwargs))
-                try:
-                    got = _tensors(small(*args, **kwargs))
-                except Exception as error:
-                    return _Failure(stack[-1] if stack else "", _first_line(error))
-            if [t.shape for t in expected] != [t.shape for t in got]:
-                return float("inf")
-            for a, b in zip(expected, got, strict=True):
-                if not a.is_floating_point():
-                    if not torch.equal(a, b):
-                        return float("inf")
-                    continue
-                if a.numel() == 0 or not bool(torch.isfinite(a).all()):
-                    continue  # random inputs may overflow a model; the example inputs still count
-                scale = max(float(a.abs().max()), torch.finfo(a.dtype).tiny)
-                error = float((a.double() - b.double()).abs().max()) / scale
-                if not error <= _TOLERANCE.get(a.dtype, 1e-5) * 10:
-                    return error
-        return None
+        with torch.no_grad():
+            return _tensors(model(*args, **kwargs))
+    except Exception as error:
+        return _Failure(stack[-1] if stack else "", _first_line(error))
     finally:
-        for hook in (*entered, *left):
+        for hook in hooks:
             hook.remove()
 
 

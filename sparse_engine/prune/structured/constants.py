@@ -262,7 +262,9 @@ def _call(node: fx.Node, convert: Callable[[fx.Node], Any], **override: Any) -> 
             args[positions[key]] = value
         elif key in positions:
             kwargs[key] = value
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    # knowledge is not laid out in memory as the tensors were, so what was a view may need a copy here
+    target = torch.ops.aten.reshape.default if operator_name(node) in ("view", "_unsafe_view") else node.target
+    return target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _evaluate(node: fx.Node, facts: dict[fx.Node, Knowledge]) -> Knowledge:
