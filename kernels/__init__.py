@@ -27,9 +27,16 @@ _HOMES: dict[str, tuple[str, ...]] = {
     ),
     "distill": ("DistillResult", "distill_rows", "kd_loss", "scale_rows_"),
     "self_distill": ("PredictionTable", "cs_kd_loss", "dlb_loss", "ps_kd_loss"),
-    "linear_kd": ("linear_kd_loss",),
+    "linear_kd": ("LinearKDResult", "linear_kd_loss"),
     "masked": ("TileLists", "masked_input_gradient", "masked_linear", "masked_weight_gradient", "tile_lists"),
-    "conv": ("channel_conv", "channel_conv_input_gradient", "channel_conv_weight_gradient"),
+    "conv": (
+        "ChannelList",
+        "ConvGeometry",
+        "channel_conv",
+        "channel_conv_input_gradient",
+        "channel_conv_weight_gradient",
+        "channel_list",
+    ),
     "nm": ("nm_linear", "pack_nm", "unpack_nm"),
     "aot": ("compile_all",),
 }

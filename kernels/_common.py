@@ -35,8 +35,8 @@ def generation(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         raise BackendError(
-            f"the Triton kernels need compute capability 8.0 (Ampere) or newer; {torch.cuda.get_device_name(device)} has "
-            f"{major}.{minor}: use impl='torch'"
+            f"the Triton kernels need compute capability 8.0 (Ampere) or newer; "
+            f"{torch.cuda.get_device_name(device)} has {major}.{minor}: use impl='torch'"
         )
     return "sm_90" if major >= 9 else "sm_80"
 

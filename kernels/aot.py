@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-MODULES = ("block_sparse", "distill")
+MODULES = ("block_sparse", "distill", "self_distill", "masked", "conv", "nm")
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 
 
@@ -38,6 +38,7 @@ class AotCase:
         options: num_warps, num_stages.
         expects: a regular expression that the PTX must match, or "" (no matrix product).
         quick: part of the short list.
+        divisible: sizes that are multiples of 16, beside pointers and strides.
     """
 
     name: str
@@ -47,6 +48,7 @@ class AotCase:
     options: dict[str, int]
     expects: str = ""
     quick: bool = False
+    divisible: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def compile_case(case: AotCase, arch: str) -> AotResult:
     attributes = {
         (positions[argument],): [["tt.divisibility", 16]]
         for argument, kind in case.signature.items()
-        if kind.startswith("*") or (kind == "i32" and "stride" in argument)
+        if kind.startswith("*") or (kind == "i32" and "stride" in argument) or argument in case.divisible
     }
     try:
         source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -133,8 +135,10 @@ def markdown(results: list[AotResult]) -> str:
     lines = [
         "# What the compiler makes of every Triton kernel",
         "",
-        "Written by `python -m sparse_engine.kernels.aot --markdown docs/kernels/aot.md` with Triton "
-        f"{triton.__version__}; compiled, not run.",
+        (
+            "Written by `python -m sparse_engine.kernels.aot --markdown docs/kernels/aot.md` with Triton "
+            f"{triton.__version__}; compiled, not run."
+        ),
         "A block may take 163 KiB of shared memory on sm_80, 227 KiB on sm_90. A stack means spilled registers.",
         "",
         "| kernel | configuration | architecture | registers | shared KiB | stack | matrix instruction | |",

@@ -9,10 +9,10 @@ One program of dsd computes one tile of the output, for one block row i:
                   │    │ · C columns    acc [BT, R] += x[t, C·col(b) …] · values[b]ᵀ     for b in row i
                   └    ┘                out[t, R·i …] = act(acc + bias)
 
-Loop order: kept blocks of the row (in steps of BK inputs), everything else stays in registers. Each step moves (BT +
-    R)·BK numbers for 2·BT·R·BK operations, so
-the intensity towards the L2 cache is BT·R/(BT + R) operations per byte in bf16: R, not the sparsity, sets the bound.
-Rows are launched longest first, so that a row with many blocks does not start last.
+Loop order: kept blocks of the row (in steps of BK inputs), everything else stays in registers. Each step moves
+(BT + R)·BK numbers for 2·BT·R·BK operations, so the intensity towards the L2 cache is BT·R/(BT + R) operations per byte
+in bf16: R, not the sparsity, sets the bound. Rows are launched longest first, so that a row with many blocks does not
+start last.
 
 The input gradient is the same kernel over the transposed pattern and the same values (`order` finds a block). In sdd
 one program computes one kept block, dW[b] = dyᵀ[R, T] · x[T, C], looping over T, which is split over programs where
