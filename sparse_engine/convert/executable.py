@@ -357,13 +357,18 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Executa
         graph = Graph.from_json(contents.graph, contents.dense())
         report = attributes.get("report")
         stored = attributes.get("threads")
+        choices = attributes.get("choices")
+        if choices is not None and not (
+            isinstance(choices, dict) and all(isinstance(entry, dict) for entry in choices.values())
+        ):
+            raise FileFormatError("the choice of kernels must map node names to objects")
         return Executable(
             graph,
-            choices=attributes.get("choices"),
+            choices=choices,
             threads=threads if threads is not None else stored,
             report=None if report is None else Report.from_json(report),
         )
-    except ConvertError as error:
+    except (ConvertError, FileFormatError) as error:
         raise FileFormatError(f"{Path(path)}: {error}") from None
 
 

@@ -87,10 +87,15 @@ class Report:
         return data
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> Report:
-        """The report that `to_json` described."""
-        layers = [LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in data["layers"]]
-        return Report(**{**data, "layers": layers})
+    def from_json(data: Any) -> Report:
+        """The report that `to_json` described; nothing about the data is trusted.
+
+        Raises:
+            FileFormatError: naming the field that is wrong.
+        """
+        from sparse_engine.io.plain import from_plain
+
+        return from_plain(Report, data, "report")
 
     def __str__(self) -> str:
         rows = [("layer", "op", "output", "structure", "sparsity", "kernel", "ms", "dense ms", "reason")]
