@@ -1,26 +1,24 @@
 """`SparseLinear` and `SparseConv2d`: drop-in layers whose kept weights are one ordinary 1-D Parameter, `values`."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import nn
-from torch.autograd import forward_ad
+from torch import float32, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from sparse_engine.errors import FileFormatError, ShapeError, StructureError
 from sparse_engine.ops import native
 from sparse_engine.ops.pattern import Pattern
+from sparse_engine.ops.sparse_conv2d import EagerConv2d, output_size, resolve_padding, sparse_conv2d
 from sparse_engine.ops.sparse_conv2d import forward_into as conv2d_into
-from sparse_engine.ops.sparse_conv2d import output_size, resolve_padding, sparse_conv2d
 from sparse_engine.ops.sparse_conv2d import product as conv2d_product
+from sparse_engine.ops.sparse_linear import EagerLinear, sparse_linear
 from sparse_engine.ops.sparse_linear import forward_into as linear_into
 from sparse_engine.ops.sparse_linear import product as linear_product
-from sparse_engine.ops.sparse_linear import sparse_linear
 from sparse_engine.packed import PackedWeight
 from sparse_engine.structure import Structure, Unstructured
 
@@ -298,31 +296,6 @@ class SparseLayer(nn.Module):
         self._adopt(packed.with_values(self.values.detach()))
         self._full = False
 
-    # -- the call without PyTorch's dispatcher -------------------------------------------------------------------------
-
-    def _is_plain(self, x: torch.Tensor, values: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
-        """Say whether nothing needs to see this call: no gradient, transform, mode or tracing; float32 on the CPU."""
-        return (
-            type(x) is torch.Tensor
-            and type(values) is nn.Parameter
-            and x.dtype is torch.float32
-            and values.dtype is torch.float32
-            and x.is_cpu
-            and values.is_cpu
-            and (
-                not torch.is_grad_enabled()
-                or not (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad))
-            )
-            and (bias is None or (type(bias) is nn.Parameter and bias.dtype is torch.float32))
-            and not x.is_neg()
-            and torch._C._len_torch_dispatch_stack() == 0
-            and torch._C._len_torch_function_stack() == 0
-            and torch._C._functorch.peek_interpreter_stack() is None
-            and torch._C._get_tracing_state() is None
-            and forward_ad._current_level < 0
-            and "SPARSE_ENGINE_IMPL" not in os.environ
-        )
-
 
 class SparseLinear(SparseLayer):
     """`nn.Linear` with a sparse weight.
@@ -386,10 +359,12 @@ class SparseLinear(SparseLayer):
         if not torch.compiler.is_compiling():
             parameters = self._parameters
             values, bias = parameters.get("values"), parameters.get("bias")
-            if self._is_plain(x, values, bias):
+            if native.is_plain(x, values, bias) and x.numel() and x.shape[-1] == self.in_features:
                 product = self._native or self._build()
-                if product is not None and x.numel() and x.shape[-1] == self.in_features:
-                    y = torch.empty((*x.shape[:-1], self.out_features))
+                if product is not None:
+                    if native.wants_gradient(x, values, bias):
+                        return EagerLinear.apply(x, values, bias, self._pattern, product)
+                    y = torch.empty((*x.shape[:-1], self.out_features), dtype=float32)
                     linear_into(y, product, x, values, bias)
                     return y
         return sparse_linear(x, self.values, self._pattern, self.bias)
@@ -478,11 +453,13 @@ class SparseConv2d(SparseLayer):
         if not torch.compiler.is_compiling():
             parameters = self._parameters
             values, bias = parameters.get("values"), parameters.get("bias")
-            if self._is_plain(x, values, bias) and x.dim() == 4 and x.shape[1] == self.in_channels and x.numel():
+            if native.is_plain(x, values, bias) and x.dim() == 4 and x.shape[1] == self.in_channels and x.numel():
                 product = self._native or self._build()
                 size = output_size(x.shape[2], x.shape[3], self.kernel_size, self.stride, self._edges, self.dilation)
                 if product is not None and size[0] > 0 and size[1] > 0:
-                    y = torch.empty((x.shape[0], self.out_channels, *size))
+                    if native.wants_gradient(x, values, bias):
+                        return EagerConv2d.apply(x, values, bias, self._pattern, product, size, self._geometry)
+                    y = torch.empty((x.shape[0], self.out_channels, *size), dtype=float32)
                     conv2d_into(y, product, x, values, bias)
                     return y
         return sparse_conv2d(
@@ -496,20 +473,18 @@ class SparseConv2d(SparseLayer):
             groups=self.groups,
         )
 
+    @property
+    def _geometry(self) -> tuple[Any, ...]:
+        """The geometry as the op takes it, with the padding that is left to it."""
+        pattern = self._pattern
+        strides, dilations = list(self.stride), list(self.dilation)
+        return list(pattern.shape), strides, self._edges, dilations, self.groups, list(pattern.block)
+
     def _build(self) -> native.NativeProduct | None:
         pattern = self._pattern
         if native.why_not_extension("Conv2d") or pattern.num_values == 0:
             return None
-        self._native = conv2d_product(
-            pattern.row_ptr,
-            pattern.cols,
-            list(pattern.shape),
-            list(self.stride),
-            self._edges,
-            list(self.dilation),
-            self.groups,
-            pattern.block,
-        )
+        self._native = conv2d_product(pattern.row_ptr, pattern.cols, *self._geometry)
         return self._native
 
     def extra_repr(self) -> str:

@@ -1,6 +1,7 @@
 """The C++ objects behind the `cpu` candidates: one per pattern (and geometry), holding the values it was last given."""
 
 import importlib.util
+import os
 import threading
 from collections.abc import Callable
 from types import ModuleType
@@ -8,10 +9,21 @@ from typing import Any
 
 import numpy
 import torch
+from torch import Tensor, float32, is_grad_enabled
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from sparse_engine.ops.pattern import Pattern, cached
 
-__all__ = ["NativeProduct", "extension", "native_product", "why_not_extension", "why_not_float32_cpu"]
+__all__ = [
+    "NativeProduct",
+    "extension",
+    "is_plain",
+    "native_product",
+    "wants_gradient",
+    "why_not_extension",
+    "why_not_float32_cpu",
+]
 
 # Values compared on every call to notice edits that PyTorch's version counter does not see
 # (`parameter.data.mul_(...)`).
@@ -51,6 +63,41 @@ def why_not_float32_cpu(cols: torch.Tensor, **tensors: torch.Tensor | None) -> l
         elif tensor.dtype is not torch.float32:
             reasons.append(f"{name} is {tensor.dtype}, not torch.float32")
     return reasons
+
+
+# Looked up once: these run on every call, whose cost beside the kernel is to stay below ten microseconds.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._get_tracing_state
+# The dictionary behind `os.environ`: asking that itself costs as much as all other questions together.
+_ENVIRONMENT = getattr(os.environ, "_data", os.environ)
+_OVERRIDE = os.environ.encodekey("SPARSE_ENGINE_IMPL") if hasattr(os.environ, "encodekey") else "SPARSE_ENGINE_IMPL"
+
+
+def is_plain(x: torch.Tensor, values: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
+    """Say whether no transform, mode or tracer needs to see a call, and all its tensors are float32 on the CPU."""
+    return (
+        type(x) is Tensor
+        and type(values) is Parameter
+        and x.dtype is float32
+        and values.dtype is float32
+        and x.is_cpu
+        and values.is_cpu
+        and (bias is None or (type(bias) is Parameter and bias.dtype is float32 and bias.is_cpu))
+        and not x.is_neg()
+        and _dispatch_modes() == 0
+        and _function_modes() == 0
+        and _transforms() is None
+        and _tracing() is None
+        and forward_ad._current_level < 0
+        and _OVERRIDE not in _ENVIRONMENT
+    )
+
+
+def wants_gradient(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Say whether autograd has to record this call."""
+    return is_grad_enabled() and (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad))
 
 
 class NativeProduct:

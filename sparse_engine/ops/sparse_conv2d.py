@@ -397,12 +397,17 @@ def _batch(x: torch.Tensor) -> tuple[int, int, int]:
 
 @registry.register("sparse_conv2d_input_grad", "cpu", why_not=_why_not_cpu_input_grad)
 def _cpu_input_grad(grad, values, input_size, row_ptr, cols, weight_shape, stride, padding, dilation, groups, block):
-    dx = torch.empty((grad.shape[0], weight_shape[1] * groups, *input_size), dtype=grad.dtype)
-    if dx.numel() == 0:
-        return dx
-    if cols.numel() == 0 or grad.numel() == 0:
-        return dx.zero_()
+    size = (grad.shape[0], weight_shape[1] * groups, *input_size)
+    if cols.numel() == 0 or grad.numel() == 0 or 0 in size:
+        return grad.new_zeros(size)
     native_conv = product(row_ptr, cols, weight_shape, stride, padding, dilation, groups, block)
+    return _native_input_grad(grad, values, native_conv, size)
+
+
+def _native_input_grad(
+    grad: torch.Tensor, values: torch.Tensor, native_conv: native.NativeProduct, size: tuple[int, ...]
+) -> torch.Tensor:
+    dx = torch.empty(size, dtype=torch.float32)
     planes = grad.contiguous()
     with native_conv.lock:
         native_conv.load(values)
@@ -414,10 +419,44 @@ def _cpu_input_grad(grad, values, input_size, row_ptr, cols, weight_shape, strid
 def _cpu_weight_grad(grad, x, row_ptr, cols, weight_shape, stride, padding, dilation, groups, block):
     count = cols.numel() * block[0] * block[1]
     if count == 0 or grad.numel() == 0 or x.numel() == 0:
-        return torch.zeros(count, dtype=grad.dtype)
+        return grad.new_zeros(count)
     native_conv = product(row_ptr, cols, weight_shape, stride, padding, dilation, groups, block)
+    return _native_weight_grad(grad, x, native_conv, count)
+
+
+def _native_weight_grad(
+    grad: torch.Tensor, x: torch.Tensor, native_conv: native.NativeProduct, count: int
+) -> torch.Tensor:
     dy, planes = grad.contiguous(), x.contiguous()
-    entries = torch.empty(native_conv.handle.nnz, dtype=grad.dtype)
+    entries = torch.empty(native_conv.handle.nnz, dtype=torch.float32)
     with native_conv.lock:
         native_conv.handle.weight_grad(dy.data_ptr(), planes.data_ptr(), *_batch(planes), entries.data_ptr())
     return native_conv.entries_to_values(entries, count)
+
+
+class EagerConv2d(torch.autograd.Function):
+    """The cpu candidate with its gradients, called without PyTorch's dispatcher; see `sparse_linear.EagerLinear`."""
+
+    @staticmethod
+    def forward(ctx, x, values, bias, pattern, native_conv, size, geometry):
+        y = torch.empty((x.shape[0], pattern.rows, *size), dtype=torch.float32)
+        forward_into(y, native_conv, x, values, bias, force=True)
+        ctx.save_for_backward(x, values)
+        ctx.pattern, ctx.native_conv, ctx.geometry = pattern, native_conv, geometry
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, values = ctx.saved_tensors
+        pattern, native_conv = ctx.pattern, ctx.native_conv
+        wants_x, wants_values, wants_bias = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled() or type(grad) is not torch.Tensor or grad.dtype is not torch.float32:
+            op = torch.ops.sparse_engine
+            rest = (pattern.row_ptr, pattern.cols, *ctx.geometry, "auto")
+            size = (x.shape[2], x.shape[3])
+            dx = op.sparse_conv2d_input_grad(grad, values, size, *rest) if wants_x else None
+            dvalues = op.sparse_conv2d_weight_grad(grad, x, *rest) if wants_values else None
+        else:
+            dx = _native_input_grad(grad, values, native_conv, x.shape) if wants_x else None
+            dvalues = _native_weight_grad(grad, x, native_conv, pattern.num_values) if wants_values else None
+        return dx, dvalues, grad.sum((0, 2, 3)) if wants_bias else None, None, None, None, None

@@ -271,38 +271,35 @@ def forward_into(
     force: bool = False,
 ) -> None:
     """Run the C++ forward product into a contiguous output (..., M)."""
-    rows = rows_of(x, x.shape[-1])
+    features = x.shape[-1]
+    if x.is_contiguous():
+        rows, pitch, count = x, features, x.numel() // features
+    else:
+        rows = rows_of(x, features)
+        pitch, count = rows.stride(0), rows.shape[0]
     bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
     with native_linear.lock:
         native_linear.load(values, force)
         native_linear.handle.forward(
-            rows.data_ptr(),
-            rows.stride(0) if rows.shape[0] > 1 else rows.shape[1],
-            rows.shape[0],
-            y.data_ptr(),
-            y.shape[-1],
-            0 if bias is None else bias.data_ptr(),
+            rows.data_ptr(), pitch, count, y.data_ptr(), y.shape[-1], 0 if bias is None else bias.data_ptr()
         )
 
 
 @registry.register("sparse_linear_input_grad", "cpu", why_not=_why_not_cpu_gradient)
 def _cpu_input_grad(grad, values, row_ptr, cols, out_features, in_features, block):
-    dx = torch.empty((*grad.shape[:-1], in_features), dtype=grad.dtype)
-    if dx.numel() == 0:
-        return dx
-    if out_features == 0 or cols.numel() == 0:
-        return dx.zero_()
-    native_linear = product(row_ptr, cols, out_features, in_features, block)
-    rows = rows_of(grad, out_features)
+    if grad.numel() == 0 or in_features == 0 or cols.numel() == 0:
+        return grad.new_zeros((*grad.shape[:-1], in_features))
+    return _native_input_grad(grad, values, product(row_ptr, cols, out_features, in_features, block), in_features)
+
+
+def _native_input_grad(
+    grad: torch.Tensor, values: torch.Tensor, native_linear: native.NativeProduct, in_features: int
+) -> torch.Tensor:
+    dx = torch.empty((*grad.shape[:-1], in_features), dtype=torch.float32)
+    dy = rows_of(grad, grad.shape[-1])
     with native_linear.lock:
         native_linear.load(values)
-        native_linear.handle.input_grad(
-            rows.data_ptr(),
-            rows.stride(0) if rows.shape[0] > 1 else rows.shape[1],
-            rows.shape[0],
-            dx.data_ptr(),
-            in_features,
-        )
+        native_linear.handle.input_grad(dy.data_ptr(), _pitch(dy), dy.shape[0], dx.data_ptr(), in_features)
     return dx
 
 
@@ -310,17 +307,57 @@ def _cpu_input_grad(grad, values, row_ptr, cols, out_features, in_features, bloc
 def _cpu_weight_grad(grad, x, row_ptr, cols, out_features, in_features, block):
     count = cols.numel() * block[0] * block[1]
     if count == 0 or grad.numel() == 0 or x.numel() == 0:
-        return torch.zeros(count, dtype=grad.dtype)
-    native_linear = product(row_ptr, cols, out_features, in_features, block)
-    dy, rows = rows_of(grad, out_features), rows_of(x, in_features)
-    entries = torch.empty(native_linear.handle.nnz, dtype=grad.dtype)
+        return grad.new_zeros(count)
+    return _native_weight_grad(grad, x, product(row_ptr, cols, out_features, in_features, block), count)
+
+
+def _native_weight_grad(
+    grad: torch.Tensor, x: torch.Tensor, native_linear: native.NativeProduct, count: int
+) -> torch.Tensor:
+    dy, rows = rows_of(grad, grad.shape[-1]), rows_of(x, x.shape[-1])
+    entries = torch.empty(native_linear.handle.nnz, dtype=torch.float32)
     with native_linear.lock:
         native_linear.handle.weight_grad(
-            dy.data_ptr(),
-            dy.stride(0) if dy.shape[0] > 1 else dy.shape[1],
-            rows.data_ptr(),
-            rows.stride(0) if rows.shape[0] > 1 else rows.shape[1],
-            rows.shape[0],
-            entries.data_ptr(),
+            dy.data_ptr(), _pitch(dy), rows.data_ptr(), _pitch(rows), rows.shape[0], entries.data_ptr()
         )
     return native_linear.entries_to_values(entries, count)
+
+
+def _pitch(rows: torch.Tensor) -> int:
+    """Elements from one row to the next; PyTorch may report any stride for a single row."""
+    return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
+
+
+class EagerLinear(torch.autograd.Function):
+    """The cpu candidate with its gradients, called without PyTorch's dispatcher.
+
+    The dispatcher's Python layers cost more than a small kernel. For plain float32 CPU tensors only (see
+    `native.is_plain`); where gradients of gradients are wanted, the backward pass goes through the ops.
+    """
+
+    @staticmethod
+    def forward(ctx, x, values, bias, pattern, native_linear):
+        y = torch.empty((*x.shape[:-1], pattern.rows), dtype=torch.float32)
+        # Loaded even if they look unchanged: in training they change at every step, by whatever means.
+        forward_into(y, native_linear, x, values, bias, force=True)
+        ctx.save_for_backward(x, values)
+        ctx.pattern, ctx.native_linear = pattern, native_linear
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, values = ctx.saved_tensors
+        pattern, native_linear = ctx.pattern, ctx.native_linear
+        wants_x, wants_values, wants_bias = ctx.needs_input_grad[:3]
+        dx = dvalues = dbias = None
+        if torch.is_grad_enabled() or type(grad) is not torch.Tensor or grad.dtype is not torch.float32:
+            op = torch.ops.sparse_engine
+            rest = (pattern.row_ptr, pattern.cols, pattern.rows, pattern.columns, list(pattern.block), "auto")
+            dx = op.sparse_linear_input_grad(grad, values, *rest) if wants_x else None
+            dvalues = op.sparse_linear_weight_grad(grad, x, *rest) if wants_values else None
+        else:
+            dx = _native_input_grad(grad, values, native_linear, pattern.columns) if wants_x else None
+            dvalues = _native_weight_grad(grad, x, native_linear, pattern.num_values) if wants_values else None
+        if wants_bias:
+            dbias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return dx, dvalues, dbias, None, None
