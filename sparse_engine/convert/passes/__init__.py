@@ -6,12 +6,38 @@ Each pass is one function ``pass(graph) -> int``: it changes the graph in place 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 from sparse_engine.convert.graph import Graph
+from sparse_engine.convert.passes.dead_channels import remove_dead_channels
 from sparse_engine.convert.passes.fold_affine import fold_affine
 from sparse_engine.convert.passes.fuse import fuse
+from sparse_engine.convert.passes.recognise import recognise
+from sparse_engine.convert.passes.simplify import fold_constants, share_repeated, simplify
 
-__all__ = ["fold_affine", "fuse", "optimise"]
+__all__ = [
+    "fold_affine",
+    "fold_constants",
+    "fuse",
+    "optimise",
+    "recognise",
+    "remove_dead_channels",
+    "share_repeated",
+    "simplify",
+]
+
+# In this order; those of one group are repeated until none of them finds anything.
+_GROUPS: tuple[dict[str, Callable[[Graph], int]], ...] = (
+    {
+        "neutral nodes": simplify,
+        "constants": fold_constants,
+        "repeated nodes": share_repeated,
+        "functions recognised": recognise,
+        "scales and shifts folded": fold_affine,
+        "dead channels": remove_dead_channels,
+    },
+    {"residuals and activations fused": fuse, "neutral nodes": simplify, "repeated nodes": share_repeated},
+)
 
 
 def optimise(graph: Graph, counts: Counter[str] | None = None) -> Graph:
@@ -27,9 +53,15 @@ def optimise(graph: Graph, counts: Counter[str] | None = None) -> Graph:
         A validated graph with the same inputs, outputs and results (up to rounding).
     """
     result = graph.copy()
-    while fold_affine(result):
-        pass
-    fuse(result)
+    for group in _GROUPS:
+        changed = True
+        while changed:
+            changed = False
+            for name, rewrite in group.items():
+                count = rewrite(result)
+                changed = changed or count > 0
+                if counts is not None:
+                    counts[name] += count
     result.prune()
     result.validate()
     return result
