@@ -68,6 +68,7 @@ def convert(
         step("building the model")
         network = build_model(model, arg, checkpoint)
         examples = example_inputs(str(model), input_shape, network)
+        check_runs(network, examples)
         if not allow_dense:
             refuse_dense(network, checkpoint)
         executable = se.convert(
@@ -110,6 +111,24 @@ def default_output(model: str | None, checkpoint: Path | None) -> Path:
     """`pruned.pt` -> `pruned.spx`; `torchvision:resnet50` -> `resnet50.spx`."""
     stem = checkpoint.stem if checkpoint is not None else str(model).rpartition(":")[2].rpartition(".")[2]
     return Path(f"{stem or 'model'}.spx")
+
+
+def check_runs(model: nn.Module, examples: list[torch.Tensor]) -> None:
+    """Run the model once as it is, so that a wrong input shape is not reported as a failed capture.
+
+    Raises:
+        UsageError: with the shapes given and the model's own complaint.
+    """
+    try:
+        with torch.no_grad():
+            model(*examples)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
+        shapes = ", ".join("×".join(map(str, example.shape)) for example in examples)
+        complaint = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"the model itself fails on inputs of shape {shapes}: {complaint}. Give the right shape, batch first, "
+            "with --input-shape; repeat it for several inputs"
+        ) from error
 
 
 def refuse_dense(model: nn.Module, checkpoint: Path | None) -> None:
