@@ -15,7 +15,7 @@ from sparse_engine.structure import NM, FanIn, Structure, Unstructured
 
 from .criteria import Criterion, Evidence, criterion_named
 from .distribution import layer_counts
-from .masks import Ignore, masks, prunable_weights, set_masks
+from .masks import Ignore, is_sparse_layer, masks, prunable_weights, set_masks
 from .report import PruneReport, sparsity_report
 from .schedule import Iterative, OneShot, Schedule
 from .select import select, structure_counts
@@ -80,7 +80,10 @@ def prune(
     chosen = criterion_named(criterion)
     weights = prunable_weights(model, ignore)
     if not weights:
-        raise PruneError("the model has no prunable weight (of a linear or convolution layer) outside ignore=")
+        hint = "; it holds sparse layers: undo them first with se.densify_(model)" * any(
+            map(is_sparse_layer, model.modules())
+        )
+        raise PruneError(f"the model has no prunable weight (of a linear or convolution layer) outside ignore={hint}")
     sparsity = _checked_sparsity(sparsity, structure, weights)
     if scope not in ("global", "layer"):
         raise PruneError(f"scope is {scope!r}; it has to be 'global' or 'layer'")

@@ -14,7 +14,7 @@ from sparse_engine.structure import Block, Channel, Structure, Unstructured
 
 from .api import prune
 from .criteria import Criterion, Evidence, Weights
-from .masks import masks, set_masks
+from .masks import is_sparse_layer, masks, set_masks
 from .schedule import Cubic, Schedule
 from .select import group_scores, top_k_mask, ungroup
 
@@ -132,31 +132,54 @@ class DynamicMask:
         self.seed = seed
         self.updates = 0
         self.moved = 0
+        self.dense_gradients: list[DenseGradient] = []
 
     def due(self, step: int) -> bool:
         """Whether ``step`` (counted from 1) is one at which the masks move."""
         return step % self.every == 0 and step < self.end
+
+    def prepare(self, step: int) -> None:
+        """Before the forward pass of ``step``: sparse layers are asked for a dense gradient, where the step is due.
+
+        Needed only on models with layers of :mod:`sparse_engine.nn`, whose backward pass computes kept weights alone.
+        """
+        if self.method == "rigl" and self.due(step) and not self.dense_gradients:
+            self.dense_gradients = [
+                DenseGradient(name, module) for name, module in self.model.named_modules() if is_sparse_layer(module)
+            ]
 
     @torch.no_grad()
     def update(self, step: int) -> bool:
         """Move the masks if ``step`` is due; True when it did, and the optimiser step should then be left out."""
         if not self.due(step):
             return False
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         share = drop_fraction(step, self.end, self.fraction)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        dense = {gradient.name: gradient.total() for gradient in self.dense_gradients}
+        self.dense_gradients = []
         new = {}
         for name, mask in masks(self.model).items():
-            parameter = parameters[name]
-            if self.method == "rigl":
-                if parameter.grad is None:
-                    raise PruneError(f"{name!r} has no gradient; call update after backward() and before zero_grad()")
-                growth = parameter.grad.abs()
-            else:
+            module = self.model.get_submodule(name.rpartition(".")[0])
+            parameter = getattr(module, name.rpartition(".")[2])
+            if self.method == "set":
                 growth = torch.rand(parameter.shape, generator=generator).to(parameter.device)
+            else:
+                gradient = dense.get(name) if is_sparse_layer(module) else parameter.grad
+                if gradient is None:
+                    raise PruneError(
+                        f"{name!r} has no gradient; call prepare before the forward pass (sparse layers), and update "
+                        "after backward() and before zero_grad()"
+                    )
+                growth = gradient.abs()
             alive = int((group_scores(mask.float(), self.structure)[0] > 0).sum())
-            new[name] = drop_and_grow(parameter, mask, growth, int(share * alive), self.structure)
-            self._fresh(parameter, mask, new[name])
+            moved = drop_and_grow(parameter, mask, growth, int(share * alive), self.structure)
+            if is_sparse_layer(module):
+                change = module.set_pattern_(moved)
+                change.remap_optimizer_(self.optimizer, module.values)
+                self.moved += int(change.new.sum())
+            else:
+                self._fresh(parameter, mask, moved)
+                new[name] = moved
         set_masks(self.model, new)
         self.updates += 1
         return True
@@ -174,6 +197,43 @@ class DynamicMask:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         self.updates, self.moved = state["updates"], state["moved"]
+
+
+class DenseGradient:
+    """Collects ``∂L/∂W`` of a sparse layer, all weights of it, over the passes of one step."""
+
+    def __init__(self, module_name: str, module: Any) -> None:
+        self.name = f"{module_name}.weight" if module_name else "weight"
+        self.module = module
+        self.sum: Tensor | None = None
+        self.handle = module.register_forward_hook(self._forward)
+
+    def total(self) -> Tensor | None:
+        """The gradient, averaged over processes as the others are; the layer is left in peace afterwards."""
+        self.handle.remove()
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.sum is not None and distributed:
+            torch.distributed.all_reduce(self.sum)
+            self.sum /= torch.distributed.get_world_size()
+        return self.sum
+
+    def _forward(self, module: Any, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+        if not out.requires_grad:
+            return
+        x = inputs[0].detach()
+        out.register_hook(lambda upstream: self._add(x, upstream.detach()))
+
+    def _add(self, x: Tensor, upstream: Tensor) -> None:
+        module = self.module
+        if hasattr(module, "in_features"):
+            gradient = upstream.flatten(0, -2).T @ x.flatten(0, -2)
+        else:
+            # the dense twin knows every form of padding
+            weight = module.weight.detach().requires_grad_()
+            with torch.enable_grad():
+                y = torch.func.functional_call(module.to_dense(), {"weight": weight}, (x,))
+                (gradient,) = torch.autograd.grad(y, weight, upstream)
+        self.sum = gradient if self.sum is None else self.sum + gradient
 
 
 class GradualPruning:
@@ -257,6 +317,10 @@ class GraNet:
             model, optimizer, total_steps=total_steps, every=schedule.every, fraction=fraction, stop=stop,
             structure=structure,
         )  # fmt: skip
+
+    def prepare(self, step: int) -> None:
+        """As in :class:`DynamicMask`."""
+        self.rewiring.prepare(step)
 
     def update(self, step: int) -> bool:
         """Prune and rewire if due; True when the optimiser step should be left out."""

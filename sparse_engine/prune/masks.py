@@ -85,9 +85,15 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
     """
     out: dict[str, Tensor] = {}
     for module_name, module in model.named_modules():
-        for attribute, mask in module.__dict__.get(_ATTRIBUTE, {}).items():
+        stored = {"weight": module.mask} if is_sparse_layer(module) else module.__dict__.get(_ATTRIBUTE, {})
+        for attribute, mask in stored.items():
             out[f"{module_name}.{attribute}" if module_name else attribute] = mask
     return out
+
+
+def is_sparse_layer(module: nn.Module) -> bool:
+    """Whether a module is one of :mod:`sparse_engine.nn`, whose pattern is its mask."""
+    return hasattr(module, "set_pattern_")
 
 
 @torch.no_grad()
@@ -98,7 +104,8 @@ def set_masks(model: nn.Module, new: dict[str, Tensor], *, apply: bool = True) -
 
         set_masks(model, {"fc.weight": model.fc.weight.abs() > 0.01})
 
-    The parameters keep their identity, so optimisers that hold them stay valid.
+    The parameters keep their identity, so optimisers that hold them stay valid. For layers of :mod:`sparse_engine.nn`
+    the pattern changes; :class:`DynamicMask` also brings the optimiser's state along.
 
     Args:
         model: the model whose weights are named.
@@ -124,6 +131,10 @@ def set_masks(model: nn.Module, new: dict[str, Tensor], *, apply: bool = True) -
             raise PruneError(f"mask of {name!r} is {got}, expected torch.bool {tuple(parameter.shape)} (True = kept)")
         resolved.append((module, attribute, parameter, mask))
     for module, attribute, parameter, mask in resolved:
+        if is_sparse_layer(module):
+            if not torch.equal(module.mask, mask.to(module.mask.device)):
+                module.set_pattern_(mask)
+            continue
         store = module.__dict__.setdefault(_ATTRIBUTE, {})
         store[attribute] = mask.to(parameter.device, copy=True)
         if apply:

@@ -30,7 +30,7 @@ class Mechanism:
     """Base: override what is needed. Everything random has to come from torch's global generator or from a seed."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """Parameters of its own, without weight decay; the optimiser gets them as a second group."""
+        """Parameters of the model that it trains itself; the phase's optimiser leaves them alone."""
         return []
 
     def attach(self, phase: Phase) -> None:
@@ -92,7 +92,7 @@ class Phase:
         extra = [parameter for mechanism in self.mechanisms for parameter in mechanism.parameters()]
         own = {id(parameter) for parameter in extra}
         usual = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
-        self.optimizer = make_optimizer(self.part, usual, extra)
+        self.optimizer = make_optimizer(self.part, usual)
         self.forward_model = wrapped(self.model, self.processes)
         self.step = 0
         self.hold = hold_masks(self.model, self.optimizer)
@@ -174,7 +174,7 @@ def fit(
             share = phase.step / phase.total_steps
             rate = learning_rate(part, phase.step, len(phase.source), phase.epochs)
             for group in phase.optimizer.param_groups:
-                group["lr"] = rate * group.get("factor", 1.0)
+                group["lr"] = rate
             for mechanism in phase.mechanisms:
                 mechanism.progress(share)
             forward = Recorder(phase.forward_model, autocast(part, device))
@@ -193,7 +193,8 @@ def fit(
             if part.clip_gradients is not None:
                 nn.utils.clip_grad_norm_(phase.model.parameters(), part.clip_gradients)
             phase.step += 1
-            if not any([mechanism.before_step(phase.step) for mechanism in phase.mechanisms]):
+            replaced = [mechanism.before_step(phase.step) for mechanism in phase.mechanisms]
+            if not any(replaced):
                 phase.optimizer.step()
             for mechanism in phase.mechanisms:
                 mechanism.after_step(phase.step)
@@ -234,19 +235,21 @@ class Recorder:
         return self.caught[:count]
 
 
-def make_optimizer(part: TrainPart, parameters: list[nn.Parameter], extra: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser of a recipe; ``extra`` parameters have no weight decay."""
-    groups: list[dict[str, Any]] = [{"params": parameters}]
-    if extra:
-        groups.append({"params": extra, "weight_decay": 0.0})
+def make_optimizer(part: TrainPart, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser of a recipe.
+
+    Example::
+
+        make_optimizer(TrainPart(optimizer="adamw", learning_rate=1e-3), list(model.parameters()))
+    """
     options: dict[str, Any] = {"lr": part.learning_rate, "weight_decay": part.weight_decay}
     if part.optimizer == "sgd":
         nesterov = part.nesterov and part.momentum > 0
-        return torch.optim.SGD(groups, momentum=part.momentum, nesterov=nesterov, **options)
+        return torch.optim.SGD(parameters, momentum=part.momentum, nesterov=nesterov, **options)
     kinds: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     if part.optimizer not in kinds:
         raise SparseEngineError(f"optimizer is {part.optimizer!r}; it has to be sgd, adam or adamw")
-    return kinds[part.optimizer](groups, **options)
+    return kinds[part.optimizer](parameters, **options)
 
 
 def learning_rate(part: TrainPart, step: int, steps_per_epoch: int, epochs: int) -> float:
@@ -284,22 +287,9 @@ def _not_finite(phase: Phase, batch: Batch, value: float, epoch: int) -> str:
             culprit = f"the parameter {name!r}"
             break
     else:
-        bad: list[str] = []
-
-        def check(name: str) -> Callable[..., None]:
-            def hook(_: nn.Module, __: Any, out: Any) -> None:
-                if isinstance(out, Tensor) and not torch.isfinite(out).all():
-                    bad.append(name)
-
-            return hook
-
-        handles = [m.register_forward_hook(check(n)) for n, m in phase.model.named_modules() if not list(m.children())]
-        with torch.no_grad():
-            phase.model(batch.inputs)
-        for handle in handles:
-            handle.remove()
-        if bad:
-            culprit = f"the output of layer {bad[0]!r}"
+        layer = _first_overflow(phase.model, batch.inputs)
+        if layer is not None:
+            culprit = f"the output of layer {layer!r}"
         elif isinstance(batch.inputs, Tensor) and not torch.isfinite(batch.inputs).all():
             culprit = "the input data"
     return (
@@ -307,3 +297,22 @@ def _not_finite(phase: Phase, batch: Batch, value: float, epoch: int) -> str:
         f"{culprit}. Lower the learning rate ({phase.part.learning_rate:g}), clip gradients (train.clip_gradients) or "
         "warm up (train.warmup_epochs)"
     )
+
+
+def _first_overflow(model: nn.Module, inputs: Any) -> str | None:
+    """The first module whose output is not finite."""
+    found: list[str] = []
+
+    def check(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, out: Any) -> None:
+            if isinstance(out, Tensor) and not torch.isfinite(out).all():
+                found.append(name)
+
+        return hook
+
+    handles = [m.register_forward_hook(check(n)) for n, m in model.named_modules() if not list(m.children())]
+    with torch.no_grad():
+        model(inputs)
+    for handle in handles:
+        handle.remove()
+    return found[0] if found else None

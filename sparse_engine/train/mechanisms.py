@@ -31,7 +31,12 @@ class Rewiring(Mechanism):
         self.inner: Any = None
 
     def attach(self, phase: Phase) -> None:
+        self.phase = phase
         self.inner = self.make(phase)
+
+    def progress(self, share: float) -> None:
+        if hasattr(self.inner, "prepare"):
+            self.inner.prepare(self.phase.step + 1)
 
     def before_step(self, step: int) -> bool:
         return bool(self.inner.update(step)) if self.before else False
@@ -49,28 +54,38 @@ class Rewiring(Mechanism):
 
 
 class GateTraining(Mechanism):
-    """Learned gates on every weight; their penalty joins the loss. The gates' own state is part of the model's.
+    """Learned gates on every weight; their penalty joins the loss. The gates' own values are part of the model's state.
+
+    Gates have an Adam optimiser of their own: their gradients are products of a weight and its gradient, several orders
+    of magnitude smaller than the weights', and what counts is their sign against the penalty's.
 
     Args:
         gates: on the phase's model.
-        factor: their learning rate over that of the weights.
+        rate: learning rate of the gates' logits.
     """
 
-    def __init__(self, gates: LearnedMasks, factor: float = 1.0) -> None:
+    def __init__(self, gates: LearnedMasks, rate: float = 0.05) -> None:
         self.gates = gates
-        self.factor = factor
+        self.optimizer = torch.optim.Adam(gates.parameters(), lr=rate)
 
     def parameters(self) -> list[nn.Parameter]:
         return self.gates.parameters()
 
-    def attach(self, phase: Phase) -> None:
-        phase.optimizer.param_groups[-1]["factor"] = self.factor
-
     def progress(self, share: float) -> None:
         self.gates.set_progress(share)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def penalty(self) -> Tensor:
         return self.gates.penalty()
+
+    def after_step(self, step: int) -> None:
+        self.optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
 
 
 class Helpers(Mechanism):

@@ -1,6 +1,7 @@
 """Help for very sparse networks during training: soft activations and soft skip connections that anneal away.
 
-After :meth:`PostPruning.remove_` the network is the plain one, with the outputs the annealed one had (arXiv 2312.01653).
+After :meth:`PostPruning.remove_` the network is the plain one, with the outputs the annealed one had (arXiv
+2312.01653).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_engine.errors import SparseEngineError
+from sparse_engine.prune.masks import is_sparse_layer
 
 
 class SoftReLU(nn.Module):
@@ -28,20 +30,19 @@ class SoftReLU(nn.Module):
         return torch.relu(x) if self.beta == float("inf") else x * torch.sigmoid(self.beta * x)
 
 
-class SoftSkip(nn.Module):
-    """A layer with a shortcut around it: ``layer(x) + weight · shortcut(x)``; at weight 0 the layer alone, exactly.
+class SoftSkip:
+    """A shortcut around a layer: its output becomes ``layer(x) + weight · shortcut(x)``; at weight 0 the layer's own.
 
-    The shortcut has no parameters: missing channels are zeros, surplus ones are left out, pixels are averaged where the layer strides.
+    The shortcut has no parameters: missing channels are zeros, surplus ones are left out, pixels are averaged where the
+    layer strides. It is a hook, so that the layer keeps its name and its place.
     """
 
     def __init__(self, layer: nn.Module, weight: float = 1.0) -> None:
-        super().__init__()
-        self.layer = layer
         self.weight = weight
+        self.handle = layer.register_forward_hook(self._add)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.layer(x)
-        return y if self.weight == 0 else y + self.weight * _shortcut(x, y)
+    def _add(self, _: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        return out if self.weight == 0 else out + self.weight * _shortcut(inputs[0], out)
 
 
 class PostPruning:
@@ -54,7 +55,7 @@ class PostPruning:
         helpers.remove_()                    # the plain network again
 
     ReLU modules become :class:`SoftReLU` with β growing geometrically from ``beta`` to ``final_beta``, then ReLU; the
-    linear and convolution layers between the first and the last become :class:`SoftSkip` with a weight falling linearly
+    linear and convolution layers between the first and the last get a :class:`SoftSkip` with a weight falling linearly
     from 1 to 0. Both are done at progress ``until``. Masks, parameters and their identity are not touched.
 
     Args:
@@ -81,33 +82,31 @@ class PostPruning:
         self.beta = beta
         self.final_beta = final_beta
         self.activations: list[tuple[nn.Module, str, nn.Module, SoftReLU]] = []
-        self.skips: list[tuple[nn.Module, str, nn.Module, SoftSkip]] = []
+        self.skips: list[SoftSkip] = []
         if activations:
             for parent, attribute, module in _children(model, nn.ReLU):
                 soft = SoftReLU(beta)
                 self.activations.append((parent, attribute, module, soft))
                 setattr(parent, attribute, soft)
         if skips:
-            layers = list(_children(model, (nn.Linear, nn.Conv2d)))
-            for parent, attribute, module in layers[1:-1]:
-                if isinstance(parent, nn.MultiheadAttention):
-                    continue
-                skip = SoftSkip(module)
-                self.skips.append((parent, attribute, module, skip))
-                setattr(parent, attribute, skip)
+            layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d) or is_sparse_layer(m)]
+            attention = {id(c) for m in model.modules() if isinstance(m, nn.MultiheadAttention) for c in m.children()}
+            self.skips = [SoftSkip(layer) for layer in layers[1:-1] if id(layer) not in attention]
 
     def set_progress(self, share: float) -> None:
         """Move β and the skip weight to where they belong at this share of training."""
         done = 1.0 if self.until == 0 else min(1.0, share / self.until)
         for *_, soft in self.activations:
             soft.beta = float("inf") if done >= 1 else self.beta * (self.final_beta / self.beta) ** done
-        for *_, skip in self.skips:
+        for skip in self.skips:
             skip.weight = max(0.0, 1.0 - done)
 
     def remove_(self) -> nn.Module:
         """Put the plain modules back. The outputs change only if the annealing was cut short."""
-        for parent, attribute, module, _ in [*self.activations, *self.skips]:
+        for parent, attribute, module, _ in self.activations:
             setattr(parent, attribute, module)
+        for skip in self.skips:
+            skip.handle.remove()
         self.activations, self.skips = [], []
         return self.model
 

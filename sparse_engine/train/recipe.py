@@ -54,7 +54,7 @@ class TrainPart:
     warmup_epochs: float = 0.0
     clip_gradients: float | None = None
     amp: bool = False
-    sparse_kernels: str = "auto"  # auto, on, off
+    sparse_kernels: str = "auto"  # auto, always, never
 
 
 @dataclass
@@ -101,7 +101,7 @@ class PretrainPart:
     variance_penalty: float = 1e-4  # λ1, of Σ p (1 − p)
     size_penalty: float = 1e-4  # λ2, of Σ p
     penalty_warmup: float = 0.0  # share of the epochs during which the penalties grow from 0
-    gate_learning_rate: float | None = None  # that of the weights when None
+    gate_learning_rate: float = 0.05  # of the gates' own Adam optimiser
     loss: str | None = None  # that of the recipe when None
 
 
@@ -187,7 +187,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.init": ("default", "zero"),
     "train.optimizer": ("sgd", "adam", "adamw"),
     "train.schedule": ("constant", "multistep", "cosine"),
-    "train.sparse_kernels": ("auto", "on", "off"),
+    "train.sparse_kernels": ("auto", "always", "never"),
     "loss.name": ("cross_entropy", "cs_kd", "ps_kd", "dlb", "kd"),
     "pretrain.gates": ("none", "bernoulli", "continuous", "str", "hard_concrete"),
     "pretrain.loss": ("cross_entropy", "cs_kd", "ps_kd", "dlb", "kd"),

@@ -30,6 +30,7 @@ from sparse_engine.distill import (
 )
 from sparse_engine.errors import PruneError, RecipeError, SparseEngineError
 from sparse_engine.io.atomic import atomic_write, atomic_write_text
+from sparse_engine.nn import SparseConv2d, SparseLinear, densify_, sparsify_
 from sparse_engine.prune import (
     CRITERIA,
     Cubic,
@@ -40,7 +41,6 @@ from sparse_engine.prune import (
     LearnedMasks,
     Periodic,
     PruneReport,
-    apply_masks_,
     layer_counts,
     masks,
     prunable_weights,
@@ -307,9 +307,7 @@ class _Run:
                 penalty_warmup=part.penalty_warmup,
                 ignore=self._ignore(),
             )
-            own = part.gate_learning_rate
-            factor = 1.0 if own is None else own / max(self.recipe.train.learning_rate, 1e-12)
-            mechanisms.append(GateTraining(self.gates, factor))
+            mechanisms.append(GateTraining(self.gates, part.gate_learning_rate))
         data = self._kept_data()
         objective = self._objective(part.loss or self.recipe.loss.name, data)
         return self._phase("pretrain", self.model, objective, data, part.epochs, mechanisms, salt=2)
@@ -378,6 +376,7 @@ class _Run:
         if recipe.coreset is not None and recipe.coreset.score == "infobatch":
             order = coreset.InfoBatchOrder(len(data), epochs, ratio=1 - recipe.coreset.fraction)
             mechanisms.append(InfoBatch(order))
+        self._use_sparse_kernels(data)
         self.post = None
         if recipe.post.soft_activations or recipe.post.skip_connections:
             self.post = PostPruning(
@@ -395,8 +394,46 @@ class _Run:
         if self.post is not None:
             self.post.set_progress(1.0)
             self.post.remove_()
-        apply_masks_(self.model)
+        kept = masks(self.model)
+        densify_(self.model)
+        set_masks(self.model, kept)
         self._remember_model()
+
+    def _use_sparse_kernels(self, data: ArrayData) -> None:
+        """Put sparse layers where a training step on them is faster, and print what that gains.
+
+        Masks that shrink during training (granet, gradual, iterative) start dense and stay so.
+        """
+        mode = self.recipe.train.sparse_kernels
+        fits = self.recipe.dynamic.name in ("none", "rigl", "set") and masks(self.model) and not self.recipe.train.amp
+        if mode == "never" or not fits or self.device != "cpu":
+            if mode == "always":
+                raise RecipeError(
+                    "train.sparse_kernels is always, but that needs a pruned model on the CPU without amp, with fixed masks, rigl or set"
+                )
+            return
+        kept = masks(self.model)
+        names = self.carry.get("sparse_layers")
+        x = data.batch(torch.arange(min(self.recipe.train.batch_size, len(data))), augment=False).inputs
+        self.model.train()
+        if names is None:
+            trial = copy.deepcopy(self.model)
+            report = sparsify_(trial, example_inputs=x, force=mode == "always")
+            names = agree([layer.name for layer in report.layers if layer.sparse], self.processes)
+        if names:
+            # the pattern comes from the masks: a kept weight may be zero
+            dense_ms = None if "sparse_layers" in self.carry else _step_ms(self.model, x)
+            put_sparse_layers_(self.model, names, kept)
+            if dense_ms is not None:
+                sparse_ms = _step_ms(self.model, x)
+                self.carry["dense_step_ms"], self.carry["sparse_step_ms"] = dense_ms, sparse_ms
+                self.progress.say(
+                    f"training {len(names)} of {len(kept)} layers on sparse kernels: forward and backward of a batch take "
+                    f"{sparse_ms:.2f} ms against {dense_ms:.2f} ms dense and masked"
+                )
+        else:
+            self.progress.say("training dense and masked: no layer is faster on the sparse kernels at this size")
+        self.carry["sparse_layers"] = names
 
     def _dynamic(self) -> list[Mechanism]:
         part, pruning = self.recipe.dynamic, self.recipe.prune
@@ -474,7 +511,7 @@ class _Run:
         }
         if self.validation is not None:
             summary["validation_accuracy"] = accuracy(self.model, self.validation)
-        for key in ("teacher_accuracy", "gate_openness"):
+        for key in ("teacher_accuracy", "gate_openness", "dense_step_ms", "sparse_step_ms"):
             if key in self.carry:
                 summary[key] = self.carry[key]
         executable = None
@@ -759,6 +796,32 @@ class _Replayed:
 
     def __iter__(self) -> Iterator[Batch]:
         return self.source.epoch(0)
+
+
+def put_sparse_layers_(model: nn.Module, names: list[str], kept: dict[str, Tensor]) -> None:
+    """Replace the named layers by sparse ones with the given masks as their patterns.
+
+    Example::
+
+        put_sparse_layers_(model, ["fc1"], se.masks(model))
+    """
+    for name in names:
+        module = model.get_submodule(name)
+        kind = SparseLinear if isinstance(module, nn.Linear) else SparseConv2d
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, kind.from_dense(module, kept[f"{name}.weight"]))
+
+
+def _step_ms(model: nn.Module, x: Tensor, rounds: int = 7) -> float:
+    """Median time of a forward and backward pass; the model is left as found."""
+    times = []
+    with Untouched(model):
+        for _ in range(rounds):
+            began = time.perf_counter()
+            parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            torch.autograd.grad(model(x).square().sum(), parameters, allow_unused=True)
+            times.append(1e3 * (time.perf_counter() - began))
+    return sorted(times)[rounds // 2]
 
 
 def _read_weights(path: str) -> dict[str, Tensor]:

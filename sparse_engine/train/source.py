@@ -101,9 +101,7 @@ class BatchSource:
         if self.world == 1:
             return batch
         parts = {
-            name: value[self.rank :: self.world]
-            for name, value in vars(batch).items()
-            if isinstance(value, Tensor)
+            name: value[self.rank :: self.world] for name, value in vars(batch).items() if isinstance(value, Tensor)
         }
         return replace(batch, **parts)
 
