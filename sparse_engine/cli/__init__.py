@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sparse_engine.cli import bench, convert, doctor, inspect, prune, run, train
+from sparse_engine.cli import bench, convert, doctor, inspect, prune, report, run, train
 from sparse_engine.cli._common import app
 
 __all__ = ["app", "main"]

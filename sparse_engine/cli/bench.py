@@ -23,6 +23,7 @@ from sparse_engine.cli._models import ArgOption, CheckpointOption, ModelOption, 
 from sparse_engine.cli._tables import milliseconds
 from sparse_engine.cli.run import random_inputs
 from sparse_engine.report.environment import machine_line
+from sparse_engine.report.measure import profile_spans
 from sparse_engine.report.trace import write_trace
 
 
@@ -75,7 +76,7 @@ def bench(
             results.append(executable.benchmark(*random_inputs(executable, size), seconds=seconds, model=network))
         if trace is not None:
             step("profiling one call")
-            spans = executable.profile(*random_inputs(executable, batches[0]))
+            spans = profile_spans(executable, random_inputs(executable, batches[0]))
             write_trace(trace, spans, title=f"{file or model}, batch {batches[0]}")
     if not as_json:
         _print(results)

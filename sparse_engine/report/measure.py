@@ -1,0 +1,251 @@
+"""Where an executable's time goes, beside the same layers run densely by PyTorch, and what the machine allows."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparse_engine.errors import SparseEngineError
+
+_LARGE = 64 * 2**20
+"""Bytes of the array whose reading measures memory bandwidth: larger than the last cache of most processors."""
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reached in the same run, for the roofline.
+
+    Attributes:
+        gflops: GFLOP/s of the fastest dense product tried: a matrix product or a 3×3 convolution by PyTorch.
+        gbytes: GB/s of reading an array of 64 MiB.
+        threads: how many threads both used.
+    """
+
+    gflops: float
+    gbytes: float
+    threads: int
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """One node of an executable in one run.
+
+    Attributes:
+        name, op: as in the graph.
+        shape: of its output.
+        ms: median wall time in the executable.
+        dense_ms: median wall time of the same node run densely by PyTorch.
+        structure: of its weight, None without one.
+        sparsity: fraction of zero weights, None without a weight.
+        flops: that remain when zero weights are skipped.
+        dense_flops: of the dense operation.
+        bytes: least traffic: packed weight, inputs and outputs, each once.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    ms: float
+    dense_ms: float
+    structure: str | None
+    sparsity: float | None
+    flops: float
+    dense_flops: float
+    bytes: float
+
+    @property
+    def gflops(self) -> float:
+        """GFLOP/s over the FLOPs that remain."""
+        return self.flops / self.ms / 1e6 if self.ms else 0.0
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs that remain per byte of least traffic."""
+        return self.flops / self.bytes if self.bytes else 0.0
+
+    def bound(self, ceilings: Ceilings) -> tuple[str, float]:
+        """What limits the layer on this machine (compute or memory), and the share of that limit it reaches."""
+        memory = ceilings.gbytes * self.intensity
+        limit, name = (memory, "memory") if memory < ceilings.gflops else (ceilings.gflops, "compute")
+        return name, self.gflops / limit if limit else 0.0
+
+
+def measure_ceilings(seconds: float = 0.4) -> Ceilings:
+    """Measure what the machine allows PyTorch, with its current number of threads.
+
+    Args:
+        seconds: how long to measure, about.
+    """
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    x, w = torch.randn(4, 128, 28, 28), torch.randn(128, 128, 3, 3)
+    out = torch.empty(1024, 1024)
+    array = torch.ones(_LARGE // 4)
+    with torch.no_grad():
+        product = 2 * 1024**3 / _best(lambda: torch.mm(a, b, out=out), seconds / 3)
+        flops = 2 * 4 * 28 * 28 * 128 * 128 * 9
+        convolution = flops / _best(lambda: torch.nn.functional.conv2d(x, w, padding=1), seconds / 3)
+        reading = _LARGE / _best(lambda: array.sum(), seconds / 3)
+    return Ceilings(max(product, convolution) / 1e9, reading / 1e9, torch.get_num_threads())
+
+
+def measure_layers(
+    executable: Any,
+    inputs: Sequence[torch.Tensor],
+    *,
+    repeats: int = 9,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[LayerTime]:
+    """Time each node in the executable and densely in PyTorch, in turns.
+
+    Example:
+        >>> layers = measure_layers(executable, [torch.randn(1, 3, 224, 224)])         # doctest: +SKIP
+        >>> max(layers, key=lambda layer: layer.ms).name                                # doctest: +SKIP
+        'layer4.0.conv2'
+
+    Args:
+        executable: a `sparse_engine.convert.Executable`.
+        inputs: tensors it takes.
+        repeats: runs of each; the medians are returned.
+        progress: called with (runs done, runs in all).
+
+    Returns:
+        The nodes that took time, in running order.
+    """
+    graph = executable.graph
+    executable(*inputs)
+    native: dict[str, list[float]] = {}
+    dense: dict[str, list[float]] = {}
+    for done in range(repeats):
+        for name, ms in _native_times(executable, inputs).items():
+            native.setdefault(name, []).append(ms)
+        for name, ms in _dense_times(graph, inputs).items():
+            dense.setdefault(name, []).append(ms)
+        if progress:
+            progress(done + 1, repeats)
+    batch = graph.batch_of([tensor.shape for tensor in inputs])
+    layers = []
+    for node in graph.nodes:
+        if node.name in native:
+            ms, dense_ms = _median(native[node.name]), _median(dense.get(node.name, [0.0]))
+            layers.append(_layer(graph, node, batch, ms, dense_ms))
+    return layers
+
+
+def profile_spans(executable: Any, inputs: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
+    """One call of an executable as spans: name, kind, thread, start_us, dur_us, and where known flops and bytes.
+
+    Raises:
+        SparseEngineError: the executable runs without the native runtime, which is what can be profiled.
+    """
+    if not executable.native:
+        raise SparseEngineError(f"there is nothing to profile: {executable.native_reason}")
+    if hasattr(executable, "profile"):
+        return list(executable.profile(*inputs))
+    batch = executable.graph.batch_of([tensor.shape for tensor in inputs])
+    kinds = {node.name: node.op for node in executable.graph.nodes}
+    spans, at = [], 0.0
+    for name, seconds in executable.compile(batch).profile(list(inputs)):
+        kind = kinds.get(_owner(name, set(kinds)), "")
+        spans.append({"name": name, "kind": kind, "thread": 0, "start_us": at, "dur_us": seconds * 1e6})
+        at += seconds * 1e6
+    return spans
+
+
+def _native_times(executable: Any, inputs: Sequence[torch.Tensor]) -> dict[str, float]:
+    """Milliseconds by node; copies that a node needed count as that node's."""
+    names = {node.name for node in executable.graph.nodes}
+    spans: dict[str, list[Mapping[str, Any]]] = {}
+    for span in profile_spans(executable, inputs):
+        spans.setdefault(_owner(span["name"], names), []).append(span)
+    # Threads work on a node side by side, but a node and its copies run one after the other.
+    times: dict[str, float] = {}
+    for name, parts in spans.items():
+        for step in {part["name"] for part in parts}:
+            own = [part for part in parts if part["name"] == step]
+            start = min(part["start_us"] for part in own)
+            times[name] = times.get(name, 0.0) + (max(part["start_us"] + part["dur_us"] for part in own) - start) / 1e3
+    return times
+
+
+def _owner(name: str, names: set[str]) -> str:
+    while name not in names and "." in name:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _dense_times(graph: Any, inputs: Sequence[torch.Tensor]) -> dict[str, float]:
+    """Milliseconds by node when PyTorch runs the graph, zeros and all."""
+    from sparse_engine.convert.reference import run_node
+
+    batch = graph.batch_of([tensor.shape for tensor in inputs])
+    values = dict(zip(graph.inputs, inputs, strict=True))
+    times: dict[str, float] = {}
+    last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
+    with torch.no_grad():
+        for index, node in enumerate(graph.nodes):
+            arguments = [values[name] for name in node.inputs]
+            begin = time.perf_counter()
+            results = run_node(graph, node, arguments, batch)
+            times[node.name] = (time.perf_counter() - begin) * 1e3
+            values.update(zip(node.outputs, results, strict=True))
+            for name in node.inputs:
+                if last_use[name] == index and name not in graph.outputs:
+                    values.pop(name, None)
+    return times
+
+
+def _layer(graph: Any, node: Any, batch: int, ms: float, dense_ms: float) -> LayerTime:
+    from sparse_engine.convert.flops import node_flops
+    from sparse_engine.packed import PackedWeight
+
+    def count(name: str) -> int:
+        return math.prod(size if isinstance(size, int) else size.at(batch) for size in graph.values[name].shape)
+
+    flops = float(node_flops(graph, node, batch))
+    traffic = 4.0 * sum(count(name) for name in (*node.inputs, *node.outputs))
+    density, structure, sparsity = 1.0, None, None
+    for role, name in node.params.items():
+        constant = graph.constants[name]
+        size = constant.numel() * constant.dtype.itemsize
+        if role == "weight" and node.op in ("conv2d", "linear"):
+            kept = int(torch.count_nonzero(constant))
+            density = kept / max(constant.numel(), 1)
+            sparsity, structure = 1 - density, "dense"
+            if density < 1:
+                packed = PackedWeight.from_dense(constant)
+                structure, size = str(packed.structure), min(size, packed.nbytes)
+        traffic += size
+    output = graph.values[node.outputs[0]].shape
+    return LayerTime(
+        name=node.name,
+        op=node.attrs["target"] if node.op == "fallback" else node.op,
+        shape=tuple(size if isinstance(size, int) else size.at(batch) for size in output),
+        ms=ms,
+        dense_ms=dense_ms,
+        structure=structure,
+        sparsity=sparsity,
+        flops=flops * density,
+        dense_flops=flops,
+        bytes=traffic,
+    )
+
+
+def _best(function: Callable[[], Any], seconds: float) -> float:
+    """Seconds of the fastest call."""
+    function()
+    best, start = math.inf, time.perf_counter()
+    while time.perf_counter() - start < seconds or best == math.inf:
+        begin = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def _median(times: Sequence[float]) -> float:
+    ordered = sorted(times)
+    return ordered[len(ordered) // 2]
