@@ -477,6 +477,15 @@ PYBIND11_MODULE(_C, m) {
             py::gil_scoped_release release;
             b.plan->run(reinterpret_cast<float* const*>(pointers.data()), threads);
         }, py::arg("pointers"), py::arg("threads") = 0)
+        .def(
+            "run_many",
+            [](const PlanBuilder& b, const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& strides, int64_t count, int threads) {
+                if (pointers.size() != b.external_floats.size() || strides.size() != pointers.size())
+                    throw std::invalid_argument("expected " + std::to_string(b.external_floats.size()) + " addresses and strides");
+                py::gil_scoped_release release;
+                b.plan->run_many(reinterpret_cast<float* const*>(pointers.data()), strides.data(), count, threads);
+            },
+            py::arg("pointers"), py::arg("strides"), py::arg("count"), py::arg("threads") = 0)
         .def("profile", [](const PlanBuilder& b, const std::vector<uintptr_t>& pointers, int threads) {
             if (pointers.size() != b.external_floats.size()) throw std::invalid_argument("wrong number of addresses");
             py::gil_scoped_release release;

@@ -37,6 +37,16 @@ void Plan::run(float* const* pointers, int threads) const {
     release(std::move(context));
 }
 
+void Plan::run_many(float* const* pointers, const int64_t* strides, int64_t count, int threads) const {
+    if (threads <= 0) threads = num_threads();
+    bool apart = count >= threads;
+    parallel_for(count, apart ? threads : 1, [&](int64_t item, int) {
+        std::vector<float*> moved(pointers, pointers + externals_);
+        for (int b = 0; b < externals_; b++) moved[b] += item * strides[b];
+        run(moved.data(), apart ? 1 : threads);
+    });
+}
+
 std::vector<double> Plan::profile(float* const* pointers, int threads) const {
     using Clock = std::chrono::steady_clock;
     auto context = acquire(pointers, threads);

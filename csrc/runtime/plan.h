@@ -82,7 +82,10 @@ class Plan {
 
     // pointers: one per external buffer. Thread-safe: every concurrent call works in an arena of its own.
     void run(float* const* pointers, int threads) const;
-    // The same, timed: seconds per node.
+    // Runs the plan `count` times, item i with pointer b moved by i · strides[b] floats. With at least one item per thread each thread runs whole
+    // items by itself: no barriers, and its activations stay in its own cache.
+    void run_many(float* const* pointers, const int64_t* strides, int64_t count, int threads) const;
+    // The same as run(), timed: seconds per node.
     std::vector<double> profile(float* const* pointers, int threads) const;
     // Runs only node i, `times` times, after everything before it has run once; the seconds of each time.
     std::vector<double> time_node(size_t i, float* const* pointers, int threads, int times) const;

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparse_engine import _C
-from sparse_engine.convert.graph import Graph, Node, shape_at, shape_from_json
+from sparse_engine.convert.graph import Dim, Graph, Node, shape_at, shape_from_json
 from sparse_engine.errors import ConvertError
 
 LANES = _C.cpu_info()["lanes"]
@@ -45,7 +45,35 @@ def compile(graph: Graph, batch: int, threads: int | None = None, choices: Any =
     Raises:
         ConvertError: the graph computes in another dtype than float32.
     """
-    return _Lowering(graph, batch, choices).finish(threads or 0)
+    share = _share(graph, batch, choices, threads or _C.get_num_threads())
+    plan = _Lowering(graph, share, choices).finish(threads or 0)
+    if share == batch:
+        return plan
+    rest = _Lowering(graph, batch % share, choices).finish(threads or 0) if batch % share else None
+    return SplitPlan(plan, rest, batch // share, share, [shape_at(graph.values[name].shape, batch) for name in graph.outputs])
+
+
+def _share(graph: Graph, batch: int, choices: Any, threads: int) -> int:
+    """How many images one pass over the graph takes: few enough that activations stay in the cache, at least one pass per thread."""
+    if batch <= 1 or not _splits(graph):
+        return batch
+    one = _Lowering(graph, 1, choices)
+    one.emit_steps()
+    share_of_cache = max(1, _C.cpu_info()["l3"] // 2 // max(1, threads))
+    images = max(1, share_of_cache // max(1, 4 * one.arena))
+    wanted = 1
+    while wanted * 2 <= images:
+        wanted *= 2
+    return min(wanted, batch)
+
+
+def _splits(graph: Graph) -> bool:
+    """True when the images of a batch are independent in memory: the batch is every input's and output's leading dimension and nothing calls back."""
+    for name in graph.inputs + graph.outputs:
+        shape = graph.values[name].shape
+        if not shape or shape[0] != Dim(1, 0) or any(isinstance(size, Dim) for size in shape[1:]) or graph.values[name].dtype != "float32":
+            return False
+    return all(node.op != "fallback" for node in graph.nodes)
 
 
 @dataclass
@@ -68,6 +96,19 @@ class LinearChoice:
 
     def to_json(self) -> dict[str, Any]:
         return dict(self.__dict__)
+
+    @classmethod
+    def from_json(cls, data: Any) -> LinearChoice:
+        """The inverse of `to_json`; raises ConvertError for anything that no kernel has, since choices also come from files."""
+        ranges = {"panel": (1, 8), "part": (1, 256), "row_block": (-1, 1 << 24), "vectors": (1, 8)}
+        if not isinstance(data, Mapping) or data.keys() != {"kernel", *ranges} or data["kernel"] not in ("sparse", "dense", "depthwise", "vector"):
+            raise ConvertError(f"a kernel choice has a kernel, {', '.join(ranges)}; got {data!r:.120}")
+        for key, (low, high) in ranges.items():
+            if not isinstance(data[key], int) or isinstance(data[key], bool) or not low <= data[key] <= high:
+                raise ConvertError(f"kernel choice: {key} must be an int from {low} to {high}, not {data[key]!r:.40}")
+        if data["panel"] not in (1, 2, 4, 8):
+            raise ConvertError(f"kernel choice: panel must be 1, 2, 4 or 8, not {data['panel']}")
+        return cls(**data)
 
 
 @dataclass
@@ -100,7 +141,12 @@ class LinearProblem:
 
     @property
     def vector(self) -> bool:
-        return self.pixels == 1 and self.groups == 1 and self.channels * self.taps == self.weight.shape[1] and self.pointwise
+        return (
+            self.pixels == 1
+            and self.groups == 1
+            and self.channels * self.taps == self.weight.shape[1]
+            and self.pointwise
+        )
 
 
 _WIDE_PANELS = LANES == 16  # the register file holds 8 rows × 3 vectors
@@ -128,7 +174,9 @@ def default_choice(problem: LinearProblem, threads: int = 0) -> LinearChoice:
         return LinearChoice("vector")
     best = min(_PANEL_COST, key=lambda panel: panel_entries(problem.weight, panel) * _PANEL_COST[panel])
     columns = problem.weight.shape[1]
-    dense = problem.groups == 1 and panel_entries(problem.weight, best) * _PANEL_COST[best] >= 0.97 * problem.rows * columns
+    dense = (
+        problem.groups == 1 and panel_entries(problem.weight, best) * _PANEL_COST[best] >= 0.97 * problem.rows * columns
+    )
     panel = DENSE_PANEL if dense else best
     vectors = PANEL_VECTORS[panel]
     choice = LinearChoice("dense" if dense else "sparse", panel, 256, 0, vectors)
@@ -342,7 +390,9 @@ class _Lowering:
         self.choices = choices
         self.steps: list[_Step] = []
         self.places: dict[str, _Place] = {}
-        self.foreign: set[str] = set()  # values of other dtypes: they live in Python and pass between fallback nodes only
+        self.foreign: set[str] = (
+            set()
+        )  # values of other dtypes: they live in Python and pass between fallback nodes only
         self.constants: list[numpy.ndarray] = []
         self.constant_floats = 0
         self.weights: dict[Any, Any] = graph.__dict__.setdefault("_native_weights", {})
@@ -351,7 +401,7 @@ class _Lowering:
         self.concat_hosts: dict[str, _Place] = {}
         self.state = threading.local()
         self.constants_buffer = len(graph.inputs) + len(graph.outputs) + 1
-        self.consumers = graph.consumers()
+        self.arena = 0
         for dtype in (graph.values[name].dtype for name in graph.inputs + graph.outputs):
             if dtype == "float64":
                 raise ConvertError("the native runtime computes in float32; this graph has float64 inputs or outputs")
@@ -428,22 +478,38 @@ class _Lowering:
         missing = len(sizes) - len(place.sizes)
         old_sizes = (1,) * missing + place.sizes
         old_strides = (0,) * missing + place.strides
-        strides = [0 if old == 1 and new != 1 else stride for old, new, stride in zip(old_sizes, sizes, old_strides, strict=True)]
+        strides = [
+            0 if old == 1 and new != 1 else stride
+            for old, new, stride in zip(old_sizes, sizes, old_strides, strict=True)
+        ]
         return place.with_view(sizes, strides)
 
     # -- the whole
 
     def finish(self, threads: int) -> NativePlan:
         graph = self.graph
+        self.emit_steps()
+        floats = [math.prod(self.shape(name)) for name in graph.inputs + graph.outputs] + [self.constant_floats]
+        plan = _C.Plan(self.arena, [max(1, n) for n in floats])
+        for step in self.steps:
+            step.emit(plan)
+        constants = numpy.concatenate(self.constants) if self.constants else numpy.zeros(1, dtype=numpy.float32)
+        shapes = [self.shape(name) for name in graph.outputs]
+        return NativePlan(plan, list(graph.inputs), list(graph.outputs), shapes, set(self.foreign), constants, threads, self.state)
+
+    def emit_steps(self) -> None:
+        """Give every value its place and lay out the arena."""
+        graph = self.graph
         for index, name in enumerate(graph.inputs):
             if not self.native(name):
                 self.foreign.add(name)
                 continue
             sizes = self.shape(name)
-            self.places[name] = _Place(_Storage(max(1, math.prod(sizes)), index + 1), 0, sizes, tuple(_contiguous_strides(sizes)))
+            self.places[name] = _Place(
+                _Storage(max(1, math.prod(sizes)), index + 1), 0, sizes, tuple(_contiguous_strides(sizes))
+            )
         for node in graph.nodes:
             getattr(self, f"op_{node.op}")(node)
-        outputs: list[str] = []
         for index, name in enumerate(graph.outputs):
             if name in self.foreign:
                 continue
@@ -452,15 +518,7 @@ class _Lowering:
             target = _Place(_Storage(max(1, math.prod(sizes)), buffer), 0, sizes, tuple(_contiguous_strides(sizes)))
             if math.prod(sizes):
                 self.copy(source, target, f"output.{name}")
-            outputs.append(name)
-        arena = self._memory_plan()
-        floats = [math.prod(self.shape(name)) for name in graph.inputs + graph.outputs] + [self.constant_floats]
-        plan = _C.Plan(arena, [max(1, n) for n in floats])
-        for step in self.steps:
-            step.emit(plan)
-        constants = numpy.concatenate(self.constants) if self.constants else numpy.zeros(1, dtype=numpy.float32)
-        shapes = [self.shape(name) for name in graph.outputs]
-        return NativePlan(plan, list(graph.inputs), list(graph.outputs), shapes, set(self.foreign), constants, threads, self.state)
+        self.arena = self._memory_plan()
 
     def _memory_plan(self) -> int:
         """Offsets for all storages: the largest first, each at the lowest place that is free during its lifetime."""
@@ -468,12 +526,21 @@ class _Lowering:
             for place in (*step.reads, *step.writes):
                 root = place.storage.root()[0]
                 root.first, root.last = min(root.first, index), max(root.last, index)
-        roots = {id(root): root for step in self.steps for place in (*step.reads, *step.writes) if (root := place.storage.root()[0]).buffer == 0}
+        roots = {
+            id(root): root
+            for step in self.steps
+            for place in (*step.reads, *step.writes)
+            if (root := place.storage.root()[0]).buffer == 0
+        }
         placed: list[_Storage] = []
         top = 0
         for storage in sorted(roots.values(), key=lambda s: (-s.floats, s.first)):
             floats = -(-storage.floats // _ALIGN) * _ALIGN + _ALIGN
-            busy = sorted((other.offset, other.offset + -(-other.floats // _ALIGN) * _ALIGN + _ALIGN) for other in placed if other.first <= storage.last and storage.first <= other.last)
+            busy = sorted(
+                (other.offset, other.offset + -(-other.floats // _ALIGN) * _ALIGN + _ALIGN)
+                for other in placed
+                if other.first <= storage.last and storage.first <= other.last
+            )
             offset = 0
             for begin, end in busy:
                 if offset + floats <= begin:
@@ -500,7 +567,9 @@ class _Lowering:
             self.places[node.output] = self.new(sizes, [1])
             return
         array = _array(weight.reshape(weight.shape[0], -1))
-        problem = LinearProblem(node.name, array, weight.shape[0], attrs["groups"], geometry, sizes[0] * sizes[2] * sizes[3])
+        problem = LinearProblem(
+            node.name, array, weight.shape[0], attrs["groups"], geometry, sizes[0] * sizes[2] * sizes[3]
+        )
         phases = _C.phase_floats(geometry)
         if phases == 0:
             # A 1×1 convolution without padding reads whole planes; anything shifted reads through masks, so the user's own memory will do.
@@ -522,7 +591,17 @@ class _Lowering:
             self.places[node.output] = self.new(sizes, [last])
             return
         columns = weight.shape[1]
-        geometry = {"n": 1, "c": columns, "h": 1, "w": pixels, "r": 1, "s": 1, "stride": (1, 1), "padding": (0, 0, 0, 0), "dilation": (1, 1)}
+        geometry = {
+            "n": 1,
+            "c": columns,
+            "h": 1,
+            "w": pixels,
+            "r": 1,
+            "s": 1,
+            "stride": (1, 1),
+            "padding": (0, 0, 0, 0),
+            "dilation": (1, 1),
+        }
         problem = LinearProblem(node.name, _array(weight), weight.shape[0], 1, geometry, pixels)
         if columns == 0:
             raise ConvertError(f"{node.name}: a linear layer without inputs")
@@ -533,7 +612,9 @@ class _Lowering:
         out = self.new(sizes, [last])
         self._linear_operator(node, problem, flat, out, last, 0)
 
-    def _linear_operator(self, node: Node, problem: LinearProblem, x: _Place, out: _Place, channel: int, phases: int) -> None:
+    def _linear_operator(
+        self, node: Node, problem: LinearProblem, x: _Place, out: _Place, channel: int, phases: int
+    ) -> None:
         params = self.params(node)
         self.problems[node.name] = problem
         choice = self._choice(problem)
@@ -544,10 +625,18 @@ class _Lowering:
             self.weights[key] = make_weight(problem, choice)
         weight = self.weights[key]
         bias = _array(params["bias"]) if "bias" in params else None
-        residual = self.planes(self.places[node.inputs[1]], channel, f"{node.name}.residual") if len(node.inputs) == 2 else None
+        residual = (
+            self.planes(self.places[node.inputs[1]], channel, f"{node.name}.residual")
+            if len(node.inputs) == 2
+            else None
+        )
         activation = _activation(node.attrs["activation"])
         workspace = _Place(_Storage(phases), 0, (phases,), (1,)) if phases else None
-        residual_stride = residual.strides[channel] if residual is not None and problem.rows > 1 else (out.strides[channel] if residual is not None else 0)
+        residual_stride = (
+            residual.strides[channel]
+            if residual is not None and problem.rows > 1
+            else (out.strides[channel] if residual is not None else 0)
+        )
 
         def emit(plan: Any) -> None:
             add_linear(
@@ -560,16 +649,8 @@ class _Lowering:
         self.places[node.output] = out
 
     def _choice(self, problem: LinearProblem) -> LinearChoice:
-        chosen = _lookup(self.choices, problem.name, self.batch)
-        if chosen is None:
-            return default_choice(problem)
-        choice = LinearChoice(**chosen)
-        # A choice made at another batch size may not exist at this one.
-        if (choice.kernel == "vector") != problem.vector or (choice.kernel == "depthwise" and not problem.depthwise):
-            return default_choice(problem)
-        if choice.kernel not in ("vector", "depthwise"):
-            choice.row_block = default_row_block(problem, choice) if choice.row_block == -1 else choice.row_block
-        return choice
+        choice = _lookup(self.choices, problem)
+        return default_choice(problem) if choice is None else choice
 
     # -- elementwise
 
@@ -806,7 +887,11 @@ class _Lowering:
         storage = part.storage
         if storage.host is not None or storage.buffer != 0 or part.offset != 0 or not _equal_strides(part, target):
             return False
-        if out.order[0] != dim or storage.floats > max(1, part.sizes[dim]) * out.strides[dim] or math.prod(part.sizes) == 0:
+        if (
+            out.order[0] != dim
+            or storage.floats > max(1, part.sizes[dim]) * out.strides[dim]
+            or math.prod(part.sizes) == 0
+        ):
             return False
         if out.storage.root()[0] is storage:
             return False
@@ -902,7 +987,11 @@ def _plan_concats(graph: Graph) -> dict[str, tuple[str, list[str]]]:
         if node.op != "concat":
             continue
         for other in later:
-            if other.attrs["dim"] == node.attrs["dim"] and len(other.inputs) > len(node.inputs) and other.inputs[: len(node.inputs)] == node.inputs:
+            if (
+                other.attrs["dim"] == node.attrs["dim"]
+                and len(other.inputs) > len(node.inputs)
+                and other.inputs[: len(node.inputs)] == node.inputs
+            ):
                 hosts[node.name] = (other.name, other.inputs)
                 break
         else:
@@ -910,14 +999,18 @@ def _plan_concats(graph: Graph) -> dict[str, tuple[str, list[str]]]:
     return hosts
 
 
-def _lookup(choices: Any, name: str, batch: int) -> dict[str, Any] | None:
-    """The choice for a node: `choices` maps node names to LinearChoice fields, or is an object whose `for_node(name, batch)` does."""
-    if choices is None:
+def _lookup(choices: Any, problem: LinearProblem) -> LinearChoice | None:
+    """The recorded choice for a node, or None where there is none that applies."""
+    entry = choices.get(problem.name) if choices else None
+    if not entry or "choice" not in entry:
         return None
-    if hasattr(choices, "for_node"):
-        return choices.for_node(name, batch)
-    entry = choices.get(name)
-    return None if entry is None else dict(entry.get("choice", entry))
+    choice = LinearChoice.from_json(entry["choice"])
+    # A choice made at another batch size may not exist at this one.
+    if (choice.kernel == "vector") != problem.vector or (choice.kernel == "depthwise") != problem.depthwise or (choice.kernel == "dense" and problem.groups != 1):
+        return None
+    if choice.kernel in ("sparse", "dense") and entry.get("pixels") != problem.pixels:
+        choice.row_block = default_row_block(problem, choice)
+    return choice
 
 
 class NativePlan:
@@ -950,6 +1043,19 @@ class NativePlan:
         self._plan.run(addresses, self._threads)
         return self._collect(outputs)
 
+    def run_many(self, addresses: list[int], strides: list[int], count: int) -> None:
+        """Run `count` batches that follow each other in memory, `strides` floats apart (one address and stride per input and output)."""
+        self._plan.run_many([*addresses, self._constants_address], [*strides, 0], count, self._threads)
+
+    def run_at(self, addresses: list[int]) -> None:
+        """Run on memory given by address, inputs then outputs."""
+        self._plan.run([*addresses, self._constants_address], self._threads)
+
+    @property
+    def threads(self) -> int:
+        """Threads that a call may use."""
+        return self._threads or _C.get_num_threads()
+
     def profile(self, inputs: list[Tensor]) -> list[tuple[str, float]]:
         """Seconds per native node of one run, in order."""
         outputs, addresses = self._prepare(inputs)
@@ -968,12 +1074,49 @@ class NativePlan:
         addresses += [tensor.data_ptr() for tensor in outputs]
         addresses.append(self._constants_address)
         if self._foreign:
-            self._state.values = {name: tensor for name, tensor in zip(self._inputs, inputs, strict=True) if name in self._foreign}
+            self._state.values = {
+                name: tensor for name, tensor in zip(self._inputs, inputs, strict=True) if name in self._foreign
+            }
         return outputs, addresses
 
     def _collect(self, outputs: list[Tensor]) -> list[Tensor]:
         if self._foreign:
             values = self._state.values
             self._state.values = {}
-            return [values[name] if name in self._foreign else tensor for name, tensor in zip(self._outputs, outputs, strict=True)]
+            return [
+                values[name] if name in self._foreign else tensor
+                for name, tensor in zip(self._outputs, outputs, strict=True)
+            ]
         return outputs
+
+
+class SplitPlan:
+    """Runs a batch as several smaller ones, whole ones per thread where there are enough."""
+
+    def __init__(self, plan: NativePlan, rest: NativePlan | None, count: int, share: int, shapes: list[tuple[int, ...]]) -> None:
+        self._plan = plan
+        self._rest = rest
+        self._count = count
+        self._share = share
+        self._shapes = shapes
+
+    def run(self, inputs: list[Tensor]) -> list[Tensor]:
+        """One contiguous tensor per graph input in, one new tensor per graph output out."""
+        outputs = [torch.empty(shape) for shape in self._shapes]
+        tensors = inputs + outputs
+        strides = [self._share * tensor[0].numel() for tensor in tensors]
+        self._plan.run_many([tensor.data_ptr() for tensor in tensors], strides, self._count)
+        if self._rest is not None:
+            done = self._count
+            self._rest.run_at([tensor.data_ptr() + 4 * done * stride for tensor, stride in zip(tensors, strides, strict=True)])
+        return outputs
+
+    def profile(self, inputs: list[Tensor]) -> list[tuple[str, float]]:
+        """Seconds per native node of one of the smaller batches, times their number."""
+        part = [tensor[: self._share].contiguous() for tensor in inputs]
+        return [(name, seconds * self._count) for name, seconds in self._plan.profile(part)]
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of working memory of one call, all threads together."""
+        return self._plan.arena_bytes * min(self._count, self._plan.threads)

@@ -1,0 +1,184 @@
+"""Choosing a kernel for every linear operator: the cost model proposes, timing decides, and dense is always among the candidates."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+from torch import Tensor
+
+from sparse_engine import _C
+from sparse_engine.convert.graph import Graph
+from sparse_engine.convert.lower import (
+    DENSE_PANEL,
+    LANES,
+    PANEL_VECTORS,
+    LinearChoice,
+    LinearProblem,
+    _Lowering,
+    _share,
+    add_linear,
+    default_choice,
+    default_row_block,
+    make_weight,
+    panel_entries,
+)
+
+_ROUNDS = 7  # interleaved timings of each candidate
+_TARGET_SECONDS = 0.004  # of one timing: long enough for the clock, short enough for a hundred layers
+_WORTH_TIMING = 1.5  # candidates that the cost model puts this far behind the best one are not timed
+
+
+def choose(graph: Graph, examples: Sequence[Tensor], *, tune: bool = True, threads: int | None = None) -> dict[str, dict[str, Any]]:
+    """Choose a kernel for each conv2d and linear node.
+
+    Example::
+
+        choices = choose(graph, (x,))
+        choices["layer1.0.conv1"]["kernel"]
+
+    Args:
+        graph: optimised, computing in float32.
+        examples: one tensor per graph input; their batch size is the one that is tuned for.
+        tune: time the candidates; otherwise the cost model alone decides.
+        threads: for the kernels; None uses all cores.
+
+    Returns:
+        By node name: ``kernel`` (text), ``choice`` (a `LinearChoice` as JSON), ``ms`` and ``dense_ms`` (None without timing), ``reason``, ``pixels``. Plain JSON.
+    """
+    batch = graph.batch_of([tuple(tensor.shape) for tensor in examples])
+    threads = threads or _C.get_num_threads()
+    share = _share(graph, batch, None, threads)
+    # Several passes over smaller batches run one per thread.
+    alone = 1 if batch // max(1, share) >= threads else threads
+    lowering = _Lowering(graph, share, None)
+    lowering.emit_steps()
+    residuals = {node.name for node in graph.nodes if node.op in ("conv2d", "linear") and len(node.inputs) == 2}
+    known: dict[Any, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for name, problem in lowering.problems.items():
+        key = _signature(problem, name in residuals)
+        if key not in known:
+            known[key] = _tuned(problem, name in residuals, alone) if tune else _guessed(problem, alone)
+        found[name] = dict(known[key], pixels=problem.pixels)
+    return found
+
+
+def _signature(problem: LinearProblem, residual: bool) -> Any:
+    """Layers that look alike are timed once: same shape, and about as many entries in every panel width."""
+    entries = tuple(round(50 * panel_entries(problem.weight, panel) / max(1, problem.weight.size)) for panel in PANEL_VECTORS)
+    return tuple(sorted((k, v) for k, v in problem.geometry.items())), problem.rows, problem.groups, entries, residual
+
+
+def candidates(problem: LinearProblem, threads: int) -> list[LinearChoice]:
+    """Every way to compute a linear operator that may be the fastest, the cost model's favourite first, with a dense one wherever dense exists."""
+    first = default_choice(problem, threads)
+    if first.kernel in ("depthwise", "vector"):
+        return [first]
+    found = [first]
+    dense_cost = float(problem.weight.size)
+    costs = {panel: panel_entries(problem.weight, panel) * weight for panel, weight in _costs().items()}
+    best = min(costs.values())
+
+    def add(kernel: str, panel: int, part: int, vectors: int) -> None:
+        choice = LinearChoice(kernel, panel, part, 0, vectors)
+        choice.row_block = default_row_block(problem, choice, threads)
+        if choice not in found:
+            found.append(choice)
+
+    for panel, cost in costs.items():
+        if cost > _WORTH_TIMING * best or best > 1.3 * dense_cost:
+            continue
+        most = PANEL_VECTORS[panel]
+        for vectors in sorted({most, max(1, most - 1), 6 if panel == 1 else most, 2 if panel <= 2 else most}):
+            for part in (256, 128) if problem.weight.shape[1] * problem.groups > 128 else (256,):
+                add("sparse", panel, part, vectors)
+    if problem.groups == 1:
+        add("dense", DENSE_PANEL, 256, PANEL_VECTORS[DENSE_PANEL])
+        if problem.pixels <= 2 * LANES:
+            add("dense", DENSE_PANEL, 256, 1)
+    return found
+
+
+def _costs() -> dict[int, float]:
+    from sparse_engine.convert.lower import _PANEL_COST
+
+    return _PANEL_COST
+
+
+def describe(choice: LinearChoice) -> str:
+    """A kernel choice in words: ``sparse 1x4 rows``, ``dense``, …"""
+    if choice.kernel == "sparse":
+        return "sparse" if choice.panel == 1 else f"sparse, {choice.panel}-row panels"
+    return choice.kernel
+
+
+def _guessed(problem: LinearProblem, threads: int) -> dict[str, Any]:
+    choice = default_choice(problem, threads)
+    return {"kernel": describe(choice), "choice": choice.to_json(), "ms": None, "dense_ms": None, "reason": "cost model, not timed"}
+
+
+def _tuned(problem: LinearProblem, residual: bool, threads: int) -> dict[str, Any]:
+    options = candidates(problem, threads)
+    runs = [_bench_plan(problem, choice, residual) for choice in options]
+    seconds = _time_interleaved(runs, threads)
+    best = min(range(len(options)), key=seconds.__getitem__)
+    dense = [s for choice, s in zip(options, seconds, strict=True) if choice.kernel == "dense"]
+    dense_ms = min(dense) * 1e3 if dense else None
+    chosen, ms = options[best], seconds[best] * 1e3
+    density = numpy.count_nonzero(problem.weight) / max(1, problem.weight.size)
+    if chosen.kernel == "depthwise":
+        reason = "depthwise: one shifted read per tap"
+    elif chosen.kernel == "vector":
+        reason = "one column: bound by reading the weight once"
+    elif chosen.kernel == "dense":
+        reason = "no zeros" if density == 1 else f"dense is faster at {1 - density:.0%} zeros"
+    else:
+        reason = f"{dense_ms / ms:.1f}x the dense kernel" if dense_ms else "the only kernel for groups"
+    return {"kernel": describe(chosen), "choice": chosen.to_json(), "ms": ms, "dense_ms": dense_ms, "reason": reason}
+
+
+def _bench_plan(problem: LinearProblem, choice: LinearChoice, residual: bool) -> Any:
+    """A plan with this operator alone, and memory for it."""
+    geometry = problem.geometry
+    pixels_in = geometry["n"] * geometry["h"] * geometry["w"]
+    plane_in, plane_out = _C.padded_pixels(pixels_in), _C.padded_pixels(problem.pixels)
+    workspace = _C.phase_floats(geometry)
+    x_floats, out_floats = problem.channels * plane_in, problem.rows * plane_out
+    x_at, work_at = 0, x_floats
+    out_at = work_at + workspace
+    residual_at = out_at + out_floats
+    plan = _C.Plan(residual_at + (out_floats if residual else 0), [])
+    stride_h = geometry["w"]
+    x = (0, x_at, [geometry["n"], problem.channels, geometry["h"], geometry["w"]], [geometry["h"] * stride_h, plane_in, stride_h, 1])
+    plan.fill("x", (0, x_at, [x_floats], [1]), 0.25)
+    plan.fill("out", (0, out_at, [out_floats * (2 if residual else 1)], [1]), 0.25)
+    bias = numpy.zeros(problem.rows, dtype=numpy.float32)
+    activation = ("clamp", 0.0, math.inf)
+    add_linear(
+        plan, problem, choice, make_weight(problem, choice), bias, x, (0, work_at), (0, out_at), plane_out, (0, residual_at) if residual else None, plane_out, activation
+    )  # fmt: skip
+    return plan
+
+
+def _time_interleaved(plans: Sequence[Any], threads: int) -> list[float]:
+    """Seconds of each plan's operator (its phases included): the lower quartile of rounds in which all plans take turns."""
+    times: list[list[float]] = [[] for _ in plans]
+    repeats = []
+    for plan in plans:
+        once = min(sum(plan.time_node(node, [], threads, 2)[-1] for node in range(2, len(plan))) for _ in range(2))
+        repeats.append(max(1, min(20, int(_TARGET_SECONDS / max(once, 1e-7)))))
+    started = time.perf_counter()
+    for _ in range(_ROUNDS):
+        for index, plan in enumerate(plans):
+            total = 0.0
+            for node in range(2, len(plan)):
+                measured = sorted(plan.time_node(node, [], threads, repeats[index]))
+                total += measured[len(measured) // 4]
+            times[index].append(total)
+        if time.perf_counter() - started > 1.5:
+            break
+    return [sorted(values)[len(values) // 4] for values in times]
