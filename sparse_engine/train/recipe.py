@@ -145,6 +145,30 @@ class PostPart:
 
 
 @dataclass
+class StpPart:
+    """Stimulative-training-guided pruning (arXiv 2403.06417): a search, while training, for the subnet that is kept."""
+
+    target: float = 0.5  # fraction of the full cost that may be left; milliseconds for cost latency
+    cost: str = "flops"  # flops, parameters, latency
+    weight: float = 1.0  # λ, of the subnet's loss
+    temperature: float = 1.0
+    divergence: str = "kl"  # or "normalised": logits brought to mean 0 and deviation 1 on both sides first
+    warmup: float = 0.1  # share of training with random subnets, before the order of the units is fixed
+    search: float = 0.6  # share of training at which the widths have reached the target, by force if need be
+    settle: float = 0.75  # share of training at which the pool is down to `members`
+    pool: int = 12  # depth tuples at most: the deepest, the rest drawn at random
+    members: int = 1  # of the pool that stay to the end; the one that agrees best is the result
+    rounds: int = 2  # samples of every (group, depth) before a cut
+    step: float | None = None  # share of the full cost that one cut saves; None: what the number of steps allows
+    floor: float = 0.1  # share of its units that every group keeps (at least one)
+    guidance: bool = True  # False: random cuts instead of those with the least divergence per cost saved
+    width: bool = True  # False: search the depth alone
+    depth: bool = True  # False: search the widths alone
+    expansion: bool = True  # False: no larger subnets beside the current one
+    calibration: int = 50  # batches for the statistics of batch norm at the end
+
+
+@dataclass
 class ConvertPart:
     """The executable at the end."""
 
@@ -176,6 +200,7 @@ class Recipe:
     prune: PrunePart | None = None
     dynamic: DynamicPart = field(default_factory=DynamicPart)
     post: PostPart = field(default_factory=PostPart)
+    stp: StpPart | None = None
     convert: ConvertPart = field(default_factory=ConvertPart)
 
     def to_dict(self) -> dict[str, Any]:
@@ -197,6 +222,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "coreset.score": ("random", "forgetting", "el2n", "grand", "margin", "herding", "k_centre", "infobatch"),
     "coreset.keep": ("hard", "easy", "random"),
     "coreset.updates": ("epochs", "iterations"),
+    "stp.cost": ("flops", "parameters", "latency"),
+    "stp.divergence": ("kl", "normalised"),
     "dynamic.name": ("none", "rigl", "set", "granet", "gradual", "iterative"),
 }
 
@@ -230,6 +257,16 @@ _RANGES: dict[str, tuple[float, float]] = {
     "dynamic.initial_sparsity": (0, 1),
     "dynamic.rounds": (1, float("inf")),
     "post.until": (0, 1),
+    "stp.target": (0, float("inf")),
+    "stp.weight": (0, float("inf")),
+    "stp.warmup": (0, 1),
+    "stp.search": (0, 1),
+    "stp.settle": (0, 1),
+    "stp.floor": (0, 1),
+    "stp.pool": (1, float("inf")),
+    "stp.members": (1, float("inf")),
+    "stp.rounds": (1, float("inf")),
+    "stp.calibration": (1, float("inf")),
     "convert.batch_size": (1, float("inf")),
 }
 
@@ -410,9 +447,36 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError(f"{recipe.name}: teacher needs epochs > 0 or a checkpoint")
     if recipe.coreset is not None and recipe.coreset.fraction <= 0:
         raise RecipeError(f"{recipe.name}: coreset.fraction is {recipe.coreset.fraction}; it has to be above 0")
+    if recipe.stp is not None:
+        check_stp(recipe.stp)
+        if recipe.prune is not None or recipe.loss.name != "cross_entropy" or recipe.coreset is not None:
+            raise RecipeError(
+                f"{recipe.name}: stp: chooses what to remove and has a loss of its own; leave out prune:, coreset: and "
+                "loss.name"
+            )
     if any(not 0 <= milestone <= 1 for milestone in recipe.train.milestones):
         raise RecipeError(
             f"{recipe.name}: train.milestones are shares of training, 0..1; got {recipe.train.milestones}"
+        )
+
+
+def check_stp(part: StpPart) -> None:
+    """What ranges alone cannot say about the settings of STP.
+
+    Raises:
+        RecipeError: a contradiction.
+    """
+    if not 0 <= part.warmup < part.search <= part.settle <= 1:
+        raise RecipeError(
+            f"stp.warmup={part.warmup:g}, stp.search={part.search:g} and stp.settle={part.settle:g} have to be shares of "
+            "training in this order"
+        )
+    if not part.width and not part.depth:
+        raise RecipeError("stp.width and stp.depth are both false: nothing is left to search")
+    if part.target <= 0 or (part.cost != "latency" and part.target > 1):
+        raise RecipeError(
+            f"stp.target is {part.target:g}; for {part.cost} it is the fraction of the full network that may be left, "
+            "above 0 and at most 1"
         )
 
 

@@ -51,6 +51,7 @@ from sparse_engine.prune import (
     zero_init_,
 )
 from sparse_engine.prune.criteria import Untouched
+from sparse_engine.prune.structured import CompactionSpec, compaction_spec, save_compact
 from sparse_engine.structure import Structure, Unstructured
 
 from . import models
@@ -64,6 +65,8 @@ from .mechanisms import Forgetting, GateTraining, Helpers, InfoBatch, Rewiring
 from .post import PostPruning
 from .recipe import ModelPart, Recipe, TrainPart, load_recipe, recipe_names
 from .source import BatchSource
+from .stp import StimulativeTraining
+from .supernet import Supernet
 
 ModelFactory = Callable[[], nn.Module]
 
@@ -112,7 +115,7 @@ def run(
         result.executable(x)
 
     Args:
-        recipe: a name (``epsd``, ``end_to_end``, ``data_pruning_kd``, ``rigl``, ``magnitude``), a YAML file, a mapping
+        recipe: a name (``epsd``, ``end_to_end``, ``data_pruning_kd``, ``rigl``, ``magnitude``, ``stp``), a YAML file, a mapping
             or a Recipe.
         data: what :func:`load_data` takes, or (train, test) of datasets or of (inputs, labels) tensors.
         model: a module, or a function that makes one, instead of the recipe's.
@@ -387,7 +390,12 @@ class _Run:
             )
             mechanisms.append(Helpers(self.post))
         mechanisms += self._dynamic()
-        objective = self._objective(recipe.loss.name, data)
+        self.stp = None
+        if recipe.stp is not None:
+            x = data.batch(torch.arange(1), augment=False).inputs.to(self.device)
+            self.stp = StimulativeTraining(Supernet(self.model, x), recipe.stp, seed=recipe.seed)
+            mechanisms.append(self.stp.mechanism())
+        objective = self.stp or self._objective(recipe.loss.name, data)
         return self._phase("train", self.model, objective, data, epochs, mechanisms, salt=4, order=order)
 
     def _finish_train(self, phase: Phase | None) -> None:
@@ -397,7 +405,24 @@ class _Run:
         kept = masks(self.model)
         densify_(self.model)
         set_masks(self.model, kept)
+        if self.stp is not None:
+            self._take_subnet()
         self._remember_model()
+
+    def _take_subnet(self) -> None:
+        """Replace the trained network by the subnet that STP chose."""
+        assert self.stp is not None
+        self.carry["full_test_accuracy"] = accuracy(self.model, self.test, device=self.device)
+        source = self._batches(self._kept_data(), salt=5)
+        self.model = self.stp.finish(batch.inputs for batch in source.epoch(0))
+        self.carry["compaction"] = compaction_spec(self.model).to_json()
+        self.carry["stp"] = self.stp.summary()
+        self.progress.say(
+            f"subnet: {self.carry['stp']['cost']:.4g} of {self.carry['stp']['full_cost']:.4g} {self.carry['stp']['unit']}, "
+            f"full network's test accuracy {self.carry['full_test_accuracy']:.4f}"
+        )
+        if self.folder is not None and self.processes.first:
+            save_compact(self.model, self.folder / "compact.safetensors")
 
     def _use_sparse_kernels(self, data: ArrayData) -> None:
         """Put sparse layers where a training step on them is faster, and print what that gains.
@@ -511,7 +536,7 @@ class _Run:
         }
         if self.validation is not None:
             summary["validation_accuracy"] = accuracy(self.model, self.validation)
-        for key in ("teacher_accuracy", "gate_openness", "dense_step_ms", "sparse_step_ms"):
+        for key in ("teacher_accuracy", "full_test_accuracy", "stp", "gate_openness", "dense_step_ms", "sparse_step_ms"):
             if key in self.carry:
                 summary[key] = self.carry[key]
         executable = None
@@ -676,6 +701,8 @@ class _Run:
         self.carry["masks"] = {name: mask.clone() for name, mask in masks(self.model).items()}
 
     def _restore(self) -> None:
+        if "compaction" in self.carry:
+            CompactionSpec.from_json(self.carry["compaction"]).apply_(self.model)
         self.model.load_state_dict(self.carry["model"])
         set_masks(self.model, self.carry["masks"])
         if "teacher" in self.carry and self.recipe.teacher is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,10 +67,14 @@ class Supernet:
         self.model = model
         frozen = copy.deepcopy(model).eval()
         self.analysis = analyse(capture(frozen, example_inputs))
-        self.groups, self._attributes, self.notes = adaptable(self.analysis, frozen, find_groups(self.analysis, ignore), example_inputs)
+        self.groups, self._attributes, self.notes = adaptable(
+            self.analysis, frozen, find_groups(self.analysis, ignore), example_inputs
+        )
         self.stages = droppable_blocks(self.analysis.program, frozen)
         if not self.groups and not self.stages:
-            raise PruneError(f"{type(model).__name__} has no group of channels and no residual block that could be removed")
+            raise PruneError(
+                f"{type(model).__name__} has no group of channels and no residual block that could be removed"
+            )
         self.order: list[NDArray[np.int64]] = [np.arange(len(group)) for group in self.groups]
         self._owners: list[str | None] = [self._block_of(group) for group in self.groups]
         self._cache: OrderedDict[Subnet, tuple[Removed, CompactionSpec]] = OrderedDict()
@@ -93,7 +97,9 @@ class Supernet:
     def lives(self, group: int, depths: Sequence[int]) -> bool:
         """Whether a group is part of the subnets of a depth: its block may be left out."""
         block = self._owners[group]
-        return block is None or all(block not in stage[depth:] for stage, depth in zip(self.stages, depths, strict=True))
+        return block is None or all(
+            block not in stage[depth:] for stage, depth in zip(self.stages, depths, strict=True)
+        )
 
     def removed(self, subnet: Subnet) -> Removed:
         """The removed indices of every axis."""
@@ -230,9 +236,10 @@ def droppable_blocks(program: Any, model: nn.Module) -> list[list[str]]:
         if not isinstance(module, nn.Sequential):
             continue
         run: list[str] = []
-        for position, (name, _) in enumerate(module.named_children()):
+        for position, (name, child) in enumerate(module.named_children()):
             path = f"{parent}.{name}" if parent else name
-            if position > 0 and _is_residual(spans.get(path, []), program):
+            weighty = next(child.parameters(), None) is not None
+            if position > 0 and weighty and _is_residual(spans.get(path, []), program):
                 run.append(path)
             elif run:
                 stages.append(run)
@@ -246,7 +253,9 @@ def droppable_blocks(program: Any, model: nn.Module) -> list[list[str]]:
 def _is_residual(nodes: list[fx.Node], program: Any) -> bool:
     """Whether a module's one output is its one input plus something."""
     inside, state = set(nodes), set(program.state)
-    entering = {source for node in nodes for source in node.all_input_nodes if source not in inside and source not in state}
+    entering = {
+        source for node in nodes for source in node.all_input_nodes if source not in inside and source not in state
+    }
     leaving = [node for node in nodes if any(user not in inside for user in node.users)]
     if len(entering) != 1 or len(leaving) != 1:
         return False
@@ -267,7 +276,7 @@ def _is_residual(nodes: list[fx.Node], program: Any) -> bool:
 
 
 @torch.no_grad()
-def recalibrate_(model: nn.Module, batches: Any, forward: Callable[[Any], Any] | None = None) -> nn.Module:
+def recalibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     """Measure the statistics of every batch norm anew, as plain averages over the given batches.
 
     Example::
@@ -277,7 +286,6 @@ def recalibrate_(model: nn.Module, batches: Any, forward: Callable[[Any], Any] |
     Args:
         model: changed in place; everything but its batch norms runs in evaluation mode.
         batches: inputs.
-        forward: what to call with each of them; the model itself when None.
 
     Returns:
         The same model, in evaluation mode.
@@ -289,21 +297,20 @@ def recalibrate_(model: nn.Module, batches: Any, forward: Callable[[Any], Any] |
     model.eval()
     if not norms:
         return model
+    remaining = iter(batches)
+    first = next(remaining, None)
+    if first is None:
+        raise PruneError("recalibration got no batch; the statistics are as they were")
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
         norm.train()
-    seen = 0
-    for inputs in batches:
-        (forward or model)(inputs)
-        seen += 1
+    for inputs in itertools.chain([first], remaining):
+        model(inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    model.eval()
-    if not seen:
-        raise PruneError("recalibration got no batch: the batch norm statistics are lost; load the model again")
-    return model
+    return model.eval()
 
 
 def magnitudes(supernet: Supernet, subnet: Subnet) -> tuple[float, float]:
@@ -312,7 +319,9 @@ def magnitudes(supernet: Supernet, subnet: Subnet) -> tuple[float, float]:
     The paper's relative sparsity: under stimulative training the first grows while the second stays.
     """
     totals = {True: [0.0, 0], False: [0.0, 0]}
-    tensors: dict[str, Tensor] = {name: getattr(*sites[0]).detach() for name, sites in tensor_owners(supernet.model).items()}
+    tensors: dict[str, Tensor] = {
+        name: getattr(*sites[0]).detach() for name, sites in tensor_owners(supernet.model).items()
+    }
     for group, gone in zip(supernet.groups, supernet.gone(subnet), strict=True):
         for member in group.members:
             if not member.produces:

@@ -286,7 +286,8 @@ def slicing_spec(
         for attribute, (axis, _) in changes.items():
             if removed[axis].any():
                 spec.attributes.setdefault(path, {})[attribute] = int(np.count_nonzero(~removed[axis]))
-    spec.attributes = {path: values for path, values in spec.attributes.items() if values}
+    left = {path: values for path, values in spec.attributes.items() if values and not f"{path}.".startswith(skipped)}
+    spec.attributes = left if skipped else {path: values for path, values in spec.attributes.items() if values}
     return spec
 
 

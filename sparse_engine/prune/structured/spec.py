@@ -132,7 +132,7 @@ class CompactionSpec:
             for key, value in attributes.items():
                 setattr(module, key, tuple(value) if isinstance(value, list) else value)
         for path, name in self.classes.items():
-            model.get_submodule(path).__class__ = _CLASSES[name]
+            model.get_submodule(path).__class__ = replaced_class(name)
         setattr(model, _ATTRIBUTE, self)
         return model
 
@@ -321,6 +321,17 @@ def remap_state_dict(state: Mapping[str, Tensor], compact: nn.Module) -> dict[st
             )
         out[name] = spec.slice(name, tensor)
     return out
+
+
+def replaced_class(name: str) -> type[nn.Module]:
+    """The class that takes over from PyTorch's, by its name in a spec.
+
+    Raises:
+        CheckpointError: no such class.
+    """
+    if name not in _CLASSES:
+        raise CheckpointError(f"the compaction spec names the class {name!r}; known are {', '.join(_CLASSES)}")
+    return _CLASSES[name]
 
 
 def tensor_owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:

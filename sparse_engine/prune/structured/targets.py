@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from sparse_engine.errors import PruneError
 
 from .analysis import Analysis, Contraction
 from .axes import Removed
-from .capture import arguments, operator_name, shape_of
+from .capture import arguments, operator_name, scope, shape_of
 
 
 class Cost(Protocol):
@@ -24,8 +24,8 @@ class Cost(Protocol):
 
     unit: str
 
-    def __call__(self, analysis: Analysis, removed: Removed) -> float:
-        """The cost of the network that is left."""
+    def __call__(self, analysis: Analysis, removed: Removed, skipped: Sequence[str] = ()) -> float:
+        """The cost of the network that is left, without the modules whose paths are `skipped`."""
 
 
 @dataclass
@@ -34,30 +34,36 @@ class Parameters:
 
     unit: str = "parameters"
 
-    def __call__(self, analysis: Analysis, removed: Removed) -> float:
+    def __call__(self, analysis: Analysis, removed: Removed, skipped: Sequence[str] = ()) -> float:
         trainable = {name for name, tensor in analysis.program.tensors.items() if isinstance(tensor, nn.Parameter)}
         return float(
             sum(
                 math.prod(_left(removed, axis) for axis in analysis.tensor_axes(name))
                 for name in analysis.tensors
-                if name in trainable
+                if name in trainable and not _inside(name, skipped)
             )
         )
 
 
 @dataclass
 class Flops:
-    """Floating-point operations of one call on the example inputs: two for each multiply-add in convolutions, linear layers, matrix products and
-    attention, as ``torch.utils.flop_counter`` counts them."""
+    """Floating-point operations of one call on the example inputs.
+
+    Two for each multiply-add in convolutions, linear layers, matrix products and attention, as ``torch.utils.flop_counter``
+    counts them.
+    """
 
     unit: str = "FLOPs"
 
-    def __call__(self, analysis: Analysis, removed: Removed) -> float:
+    def __call__(self, analysis: Analysis, removed: Removed, skipped: Sequence[str] = ()) -> float:
         total = 0.0
         for contraction in analysis.contractions:
-            total += contraction_flops(contraction, removed)
+            if not _inside(scope(contraction.node), skipped):
+                total += contraction_flops(contraction, removed)
         for node in analysis.program.nodes:
             name = operator_name(node)
+            if skipped and _inside(scope(node), skipped):
+                continue
             if name in ("matmul", "mm", "bmm", "addmm", "baddbmm"):
                 first = [argument for argument in node.args if isinstance(argument, torch.fx.Node)][-2]
                 total += (
@@ -122,8 +128,12 @@ class Latency:
     offset: float = 0.0
     unit: str = "ms"
 
-    def __call__(self, analysis: Analysis, removed: Removed) -> float:
-        total = sum(self.layer(contraction, removed) for contraction in analysis.contractions)
+    def __call__(self, analysis: Analysis, removed: Removed, skipped: Sequence[str] = ()) -> float:
+        total = sum(
+            self.layer(contraction, removed)
+            for contraction in analysis.contractions
+            if not _inside(scope(contraction.node), skipped)
+        )
         return self.offset + self.scale * total
 
     def layer(self, contraction: Contraction, removed: Removed) -> float:
@@ -212,6 +222,10 @@ def nothing_removed(analysis: Analysis) -> Removed:
 def _left(removed: Removed, axis: int) -> int:
     vector = removed[axis]
     return len(vector) - int(np.count_nonzero(vector))
+
+
+def _inside(path: str, skipped: Sequence[str]) -> bool:
+    return any(path == prefix or path.startswith(f"{prefix}.") for prefix in skipped)
 
 
 def _numel(analysis: Analysis, removed: Removed, node: torch.fx.Node) -> int:
