@@ -8,6 +8,7 @@ The handlers are in ``aten.py``.
 from __future__ import annotations
 
 import contextlib
+import logging
 import operator
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from sparse_engine.convert import fallback
@@ -120,6 +122,8 @@ def _capture_dynamic(model: nn.Module, inputs: tuple[Tensor, ...], batch: int) -
     specs = tuple({0: dim} if has else {} for has in batched)
     try:
         program = _export(model, repeated, specs)
+    except CaptureError:
+        raise
     except Exception as error:
         raise NotDynamic(f"torch.export needs a fixed batch size: {_first_line(error)}") from error
     try:
@@ -131,6 +135,8 @@ def _capture_dynamic(model: nn.Module, inputs: tuple[Tensor, ...], batch: int) -
 def _capture_static(model: nn.Module, inputs: tuple[Tensor, ...], batch: int | None, reason: str) -> Captured:
     try:
         program = _export(model, inputs, None)
+    except CaptureError:
+        raise
     except Exception as error:
         raise CaptureError(
             f"torch.export cannot capture this model: {_first_line(error)}. Make its forward traceable (no data-dependent "
@@ -145,18 +151,19 @@ def _capture_static(model: nn.Module, inputs: tuple[Tensor, ...], batch: int | N
 
 
 def _export(model: nn.Module, inputs: tuple[Tensor, ...], specs: Any) -> torch.export.ExportedProgram:
-    with warnings.catch_warnings(), torch.no_grad(), _plain_attention():
+    with warnings.catch_warnings(), torch.no_grad(), _plain_attention(), _quiet():
         warnings.simplefilter("ignore")
         # One entry per argument of the forward; a variadic one takes them all.
         shapes = None if specs is None else _spec_tree(model, specs)
         program = torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
-        if program.graph_signature.buffers_to_mutate:
-            names = ", ".join(program.graph_signature.buffers_to_mutate.values())
-            raise CaptureError(
-                f"the model changes its buffers in forward ({names}); an executable has no state: call model.eval() or remove it"
-            )
         if _needs_functional(program.graph):
             program = program.run_decompositions({})
+        changed = {**program.graph_signature.buffers_to_mutate, **program.graph_signature.parameters_to_mutate}
+        if changed:
+            raise CaptureError(
+                f"the model changes its own state in forward ({', '.join(changed.values())}); "
+                "an executable has none: call model.eval(), or take the change out of forward"
+            )
         return program
 
 
@@ -179,6 +186,18 @@ def _plain_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """An export that fails is an answer here, not something for PyTorch to log."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 _VIEWS = frozenset(
@@ -240,7 +259,11 @@ class _Interpreter:
                     continue
                 self.environment[node] = self.call(node)
             elif node.op == "output":
-                outputs = list(node.args[0])
+                # Beside what the model returns, a functional program returns what became of inputs that forward changes.
+                kinds = [spec.kind for spec in signature.output_specs]
+                outputs = [
+                    item for item, kind in zip(node.args[0], kinds, strict=True) if kind is OutputKind.USER_OUTPUT
+                ]
             else:
                 raise CaptureError(f"the model contains a sub-graph ({node.name}), which cannot be captured")
         return self.finish(outputs, fixed_batch)

@@ -45,7 +45,8 @@ _OVERLOADS: dict[str, str] = {
         upsample_trilinear3d var view view_as_real where xlogy zeros_like ones_like cat ceil dot outer adaptive_max_pool1d grid_sampler im2col
         col2im log_softmax softmax linalg_norm index_select masked_scatter native_group_norm native_layer_norm _adaptive_avg_pool2d
         _adaptive_avg_pool3d _log_softmax _softmax _to_copy _unsafe_view max_pool2d_with_indices max_pool3d_with_indices norm
-        bucketize kron tile repeat_interleave sort
+        bucketize kron tile repeat_interleave sort arange full zeros ones new_zeros new_ones new_full scalar_tensor slice_scatter select_scatter
+        scatter_add index_add prod
     """,
     "Tensor": """
         add bitwise_and bitwise_or bitwise_xor bucketize clamp clamp_max clamp_min div eq floor_divide fmod ge gt index le lt mul ne pow remainder rsub sub
@@ -65,7 +66,12 @@ _OVERLOADS: dict[str, str] = {
     "dim_int": "prod",
     "dim_DimnameList": "",
     "ScalarOpt_dim": "norm",
-    "self": "masked_fill",
+    "self": "where",
+    "start": "arange",
+    "start_step": "arange",
+    "src": "scatter",
+    "value": "scatter",
+    "indexing": "meshgrid",
     "correction": "std var std_mean var_mean",
     "input": "conv_transpose2d conv_transpose3d",
     "padding": "conv1d conv2d conv3d",

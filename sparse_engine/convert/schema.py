@@ -452,13 +452,12 @@ def number(data: Any, where: str) -> float:
 def _window(size: Size, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool, before: int) -> int:
     size = _static(size, "a spatial dimension of a window op")
     extent = dilation * (kernel - 1) + 1
-    if kernel < 1 or size + padding < extent:
-        raise GraphError(f"a window of {extent} does not fit a dimension of {size} + {padding} padding")
-    positions = size + padding - extent
-    count = (-(-positions // stride) if ceil_mode else positions // stride) + 1
+    count = (size + padding - extent + (stride - 1 if ceil_mode else 0)) // stride + 1
     # PyTorch drops a last window that would start in the padding behind the input.
     if ceil_mode and (count - 1) * stride >= size + before:
         count -= 1
+    if kernel < 1 or count < 1:
+        raise GraphError(f"a window of {extent} does not fit a dimension of {size} + {padding} padding")
     return count
 
 

@@ -1,0 +1,125 @@
+"""torchvision's model definitions with random weights, made such that every pass has something to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to convert: how to build it, and the height and width of its input."""
+
+    name: str
+    build: Callable[[ModuleType], nn.Module]
+    size: int
+
+
+def named(name: str, size: int, **arguments: Any) -> Case:
+    return Case(name, lambda models: getattr(models, name)(weights=None, **arguments), size)
+
+
+ZOO = [
+    named("resnet18", 64),
+    named("resnet50", 64),
+    named("vgg11_bn", 32),
+    named("vgg16_bn", 32),
+    named("mobilenet_v2", 64),
+    named("mobilenet_v3_small", 64),
+    named("mobilenet_v3_large", 64),
+    named("efficientnet_b0", 64),
+    named("densenet121", 64),
+    named("squeezenet1_0", 64),
+    named("squeezenet1_1", 64),
+    named("shufflenet_v2_x1_0", 64),
+    named("regnet_y_400mf", 64),
+    named("regnet_x_400mf", 64),
+    named("convnext_tiny", 64),
+    named("vit_b_16", 64, image_size=64),
+    named("swin_t", 64),
+    named("swin_v2_t", 64),
+    named("googlenet", 64, init_weights=False),
+    named("inception_v3", 96, init_weights=False),
+    named("mnasnet1_0", 64),
+    named("alexnet", 64),
+]
+
+# The same families, small enough for every run of the tests.
+SMALL = [
+    named("resnet18", 40),
+    named("mobilenet_v3_small", 40),
+    named("squeezenet1_1", 40),
+    named("shufflenet_v2_x0_5", 40),
+    Case(
+        "tiny_vision_transformer",
+        lambda models: models.VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=10),
+        32,
+    ),
+    Case(
+        "tiny_swin",
+        lambda models: models.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=10),
+        48,
+    ),
+    Case(
+        "tiny_densenet",
+        lambda models: models.DenseNet(8, (2, 2), 16, num_classes=10),
+        40,
+    ),
+]
+
+
+def torchvision_models() -> ModuleType:
+    """torchvision's definitions, also beside a PyTorch build that its compiled operators do not fit."""
+    if not hasattr(torchvision_models, "library"):
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            if not hasattr(torch.ops.torchvision, name):
+                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        torchvision_models.library = library  # type: ignore[attr-defined]
+    import torchvision.models
+
+    return torchvision.models
+
+
+def build(case: Case, sparsity: float = 0.9, seed: int = 0) -> nn.Module:
+    """The case's model in eval mode, with statistics that matter, no parameter left at a neutral value, and pruned weights."""
+    torch.manual_seed(seed)
+    model = case.build(torchvision_models()).eval()
+    randomise_(model)
+    prune_(model, sparsity)
+    return model
+
+
+def randomise_(model: nn.Module) -> None:
+    """Batch-norm statistics that are not trivial, and numbers instead of the zeros and ones that layers start with."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+        for name, parameter in model.named_parameters():
+            if "layer_scale" in name or (parameter == 1).all():
+                parameter.uniform_(0.5, 1.5)
+            elif not parameter.any():
+                parameter.normal_(0, 0.1)
+
+
+def prune_(model: nn.Module, sparsity: float) -> None:
+    """Magnitude pruning of every convolution and linear layer but the first and the depthwise ones."""
+    first = True
+    with torch.no_grad():
+        for module in model.modules():
+            if not isinstance(module, (nn.Conv2d, nn.Linear)):
+                continue
+            weight, keep = module.weight, first or getattr(module, "groups", 1) == getattr(module, "in_channels", 0)
+            first = False
+            count = int(weight.numel() * sparsity)
+            if keep or count == 0:
+                continue
+            threshold = weight.abs().flatten().kthvalue(count).values
+            weight.mul_(weight.abs() > threshold)
