@@ -93,7 +93,7 @@ def test_a_build_that_cannot_run_here_is_refused(isa: str) -> None:
 
 def test_wide_instructions_stay_inside_their_namespaces() -> None:
     """An inline function that two builds share is kept once by the linker. Were it the wide copy, older processors
-    would meet an illegal instruction in ordinary code: every function with a VEX or EVEX instruction must be in a build.
+    would meet an illegal instruction in ordinary code: every function with a VEX or EVEX instruction must be in one.
     """
     objdump = shutil.which("objdump")
     assert objdump is not None, "objdump is missing; it comes with the compiler's binutils"

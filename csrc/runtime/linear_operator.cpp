@@ -346,8 +346,9 @@ void SampledNode::run(Context& context) const {
     const int lanes = k.lanes;
     float* to = context.at(out);
     int64_t nnz = row_ptr->back();
+    if (nnz == 0) return;
     std::memset(to, 0, size_t(nnz) * sizeof(float));
-    if (pixels == 0 || nnz == 0) return;
+    if (pixels == 0) return;
     const TileSource tile_source{k, source, context.at(x), x_stride, taps.get(), pixels};
     const float* gradient = context.at(dy);
     constexpr int kPart = 64, kVectors = 8;
