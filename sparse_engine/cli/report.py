@@ -44,7 +44,8 @@ def report(
         Path, typer.Argument(help="An executable (.spx), a checkpoint, or the folder of a training run.")
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The page to write; by default beside the source.")
+        Path | None,
+        typer.Option("--output", "-o", help="The page to write; by default beside the file or in the folder."),
     ] = None,
     batch: Annotated[list[int] | None, typer.Option("--batch", "-b", min=1, help="A batch size; repeatable.")] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="How long to measure each batch size.")] = 2.0,
@@ -56,12 +57,12 @@ def report(
     debug: DebugOption = False,
 ) -> dict[str, Any]:
     """Write a page with the per-layer table and plots: time by layer, sparsity, roofline."""
-    target = output or source.with_name(f"{source.stem}.html")
+    target = output or (source / "report.html" if source.is_dir() else source.with_suffix(".html"))
     if target.suffix not in (".html", ".htm"):
         raise UsageError(f"{target}: the page's name must end in .html")
     check_writable(target)
     data = PageData(
-        title=source.name,
+        title=source.resolve().name,
         machine=machine_line(),
         command=shlex.join(["sparse-engine", *sys.argv[1:]]),
         date=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
