@@ -78,8 +78,8 @@ class Executable:
         spec: pytree.TreeSpec | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
-            raise ConvertError(f"threads must be a positive int or None, not {threads!r}")
+        if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
+            raise ConvertError(f"threads must be an int from 1 to 1024 or None, not {threads!r:.80}")
         self.graph = graph
         self.choices = choices
         self.threads = threads

@@ -23,7 +23,8 @@ def from_plain(kind: type[T], data: Any, what: str) -> T:
         >>> from_plain(Point, {"x": 1, "tags": ["a"]}, "point")                # doctest: +SKIP
         Point(x=1.0, tags=['a'])
 
-    Understood are the scalars of JSON, `None`, `Any`, unions, `list[T]`, `tuple[T, ...]`, `dict[str, T]` and dataclasses. Fields
+    Understood are the scalars of JSON, `None`, `Any`, unions, `list[T]`, `tuple[T, ...]`, `dict[str, T]` and
+    dataclasses. Fields
     with a default may be missing.
 
     Args:

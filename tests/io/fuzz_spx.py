@@ -72,7 +72,7 @@ def _executables(folder: Path) -> list[Path]:
                 if parameter.dim() > 1:
                     parameter.mul_(torch.rand_like(parameter) < 0.3)
         path = folder / f"{name}.spx"
-        se.convert(model.eval(), (torch.randn(shape),), tune=False).save(path)
+        se.convert(model.eval(), (torch.randn(shape),), tune=False, threads=1).save(path)
         paths.append(path)
     return paths
 
@@ -176,6 +176,14 @@ def _mutate_node(parts: spx_cases.Parts, choose: random.Random) -> None:
         group[key] = _mutate_json(group[key], choose)
 
 
+def _mutate_attributes(parts: spx_cases.Parts, choose: random.Random) -> None:
+    """Change the report, the number of threads or the recorded choice of kernels."""
+    attributes = parts.document.get("attributes") if isinstance(parts.document, dict) else None
+    if isinstance(attributes, dict) and attributes:
+        key = choose.choice(list(attributes))
+        attributes[key] = _mutate_json(attributes[key], choose)
+
+
 def _mutate_packed(parts: spx_cases.Parts, choose: random.Random) -> None:
     table = parts.document.get("constants") if isinstance(parts.document, dict) else None
     if isinstance(table, dict) and table:
@@ -259,6 +267,7 @@ _STRUCTURED: tuple[Callable[[spx_cases.Parts, random.Random], None], ...] = (
     _mutate_node,
     _mutate_node,
     _mutate_node,
+    _mutate_attributes,
     _mutate_packed,
     _mutate_packed,
     _mutate_header,
