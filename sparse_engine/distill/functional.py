@@ -163,7 +163,7 @@ def _evaluate(
     z = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     classes = z.shape[-1]
     valid = _valid(targets, options)
-    hard_count, soft_count = _denominators(z, targets, valid, class_weights, options)
+    hard_count, soft_count = _denominators(z[..., 0], targets, valid, class_weights, options)
     factor = (
         torch.ones(z.shape[:-1], dtype=z.dtype, device=z.device) if sample_weights is None else sample_weights.to(z)
     )
@@ -253,10 +253,10 @@ def _valid(targets: Tensor | None, options: _Options) -> Tensor | None:
 def _denominators(
     like: Tensor, targets: Tensor | None, valid: Tensor | None, class_weights: Tensor | None, options: _Options
 ) -> tuple[Tensor | float, Tensor | float]:
+    """What the sums of the hard and the soft part are divided by; ``like`` has one entry per sample."""
     if options.reduction != "mean":
         return 1.0, 1.0
-    samples = like.shape[:-1] if targets is None else targets.shape
-    count: Tensor | float = float(max(1, samples.numel())) if valid is None else valid.sum().clamp(min=1).to(like.dtype)
+    count: Tensor | float = float(max(1, like.numel())) if valid is None else valid.sum().clamp(min=1).to(like.dtype)
     if class_weights is None or targets is None or valid is None:
         return count, count
     of_label = class_weights.to(like)[targets.where(valid, torch.zeros_like(targets))] * valid

@@ -127,7 +127,7 @@ def prune(
         warnings.warn(
             f"{len(report.collapsed)} of {len(report.layers)} layers lost every weight: {', '.join(report.collapsed)}; "
             "use keep_one=True, a lower sparsity, or a distribution such as 'erk'",
-            stacklevel=2,
+            stacklevel=3,  # the package itself is called, which adds a frame
         )
     return report
 

@@ -175,8 +175,10 @@ class SynFlow(Criterion):
     """``|w ⊙ ∂R/∂w|`` with R the summed output of the network of absolute weights on an all-ones input; no data (arXiv
     2006.05467).
 
-    Batch norm runs in evaluation mode; the scores are computed in float64 because R is a product over the depth. The
-    shape of the input is taken from ``input_shape`` or from the first batch of ``data`` (whose values are not used).
+    Batch norm runs in evaluation mode. Biases and running means count as zero: a path that starts at a bias is no path
+    from the input, and with such paths the scores of the layers no longer add up to the same sum. The scores are
+    computed in float64 because R is a product over the depth. The shape of the input is taken from ``input_shape`` or
+    from the first batch of ``data`` (whose values are not used).
     """
 
     name: ClassVar[str] = "synflow"
@@ -199,6 +201,9 @@ class SynFlow(Criterion):
                 for name, tensor in model.state_dict().items()
                 if tensor.is_floating_point()
             }
+            for name, tensor in tensors.items():
+                if name.rpartition(".")[2] in ("bias", "running_mean", "in_proj_bias"):
+                    tensor.zero_()
             for name, weight in weights.items():
                 value = weight.detach().double().abs()
                 mask = evidence.masks.get(name)

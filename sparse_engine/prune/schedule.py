@@ -79,7 +79,7 @@ class Cubic(Schedule):
     def sparsity(self, step: int, final: float) -> float:
         """The sparsity that holds after ``step``."""
         share = min(max((step - self.begin) / (self.end - self.begin), 0.0), 1.0)
-        return final + (self.initial - final) * (1 - share) ** 3
+        return self.initial if share == 0 else final + (self.initial - final) * (1 - share) ** 3
 
     def due(self, step: int) -> bool:
         """Whether pruning happens after ``step``; always at ``end``, so that the final sparsity is met."""

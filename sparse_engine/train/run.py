@@ -115,8 +115,8 @@ def run(
         result.executable(x)
 
     Args:
-        recipe: a name (``epsd``, ``end_to_end``, ``data_pruning_kd``, ``rigl``, ``magnitude``, ``stp``), a YAML file, a mapping
-            or a Recipe.
+        recipe: a name (``epsd``, ``end_to_end``, ``data_pruning_kd``, ``rigl``, ``magnitude``, ``stp``), a YAML file, a
+            mapping or a Recipe.
         data: what :func:`load_data` takes, or (train, test) of datasets or of (inputs, labels) tensors.
         model: a module, or a function that makes one, instead of the recipe's.
         out: folder for checkpoint, log, plots, weights and executable; nothing is written when None.
@@ -536,7 +536,14 @@ class _Run:
         }
         if self.validation is not None:
             summary["validation_accuracy"] = accuracy(self.model, self.validation)
-        for key in ("teacher_accuracy", "full_test_accuracy", "stp", "gate_openness", "dense_step_ms", "sparse_step_ms"):
+        for key in (
+            "teacher_accuracy",
+            "full_test_accuracy",
+            "stp",
+            "gate_openness",
+            "dense_step_ms",
+            "sparse_step_ms",
+        ):
             if key in self.carry:
                 summary[key] = self.carry[key]
         executable = None

@@ -1,4 +1,5 @@
-"""A network and all the smaller networks inside it: some blocks of every stage, some units of every group, the weights shared."""
+"""A network and all the smaller networks inside it: some blocks of every stage, some units of every group, the weights
+shared."""
 
 from __future__ import annotations
 
@@ -50,8 +51,10 @@ class Supernet:
             logits = model(x)              # the sliced network, gradients flow into the shared weights
         network = supernet.extract(small)  # the same as a smaller module of its own
 
-    Width: the units of every group have an order (`order`), a subnet keeps a prefix of it. Depth: the blocks of a stage that can be left out because
-    they are residual and keep their input's shape; a subnet keeps a prefix of them, and what comes before them in the stage always stays.
+    Width: the units of every group have an order (`order`), a subnet keeps a prefix of it. Depth: the blocks of a stage
+        that can be left out because
+    they are residual and keep their input's shape; a subnet keeps a prefix of them, and what comes before them in the
+    stage always stays.
 
     Args:
         model: trained in place; the supernet holds no weights of its own.
@@ -119,7 +122,8 @@ class Supernet:
         return out
 
     def sample(self, generator: torch.Generator, lower: Subnet | None = None) -> Subnet:
-        """A random subnet, between `lower` (the smallest when None) and the full network, every depth and width equally likely."""
+        """A random subnet, between `lower` (the smallest when None) and the full network, every depth and width equally
+        likely."""
         low = lower or Subnet(tuple(0 for _ in self.stages), tuple(1 for _ in self.groups))
 
         def draw(smallest: int, largest: int) -> int:
@@ -131,9 +135,11 @@ class Supernet:
 
     @contextmanager
     def active(self, subnet: Subnet) -> Iterator[None]:
-        """Inside, the model *is* the subnet: layers see slices of the shared weights, gradients flow into them, left-out blocks pass through.
+        """Inside, the model *is* the subnet: layers see slices of the shared weights, gradients flow into them,
+        left-out blocks pass through.
 
-        Running statistics of batch norm are those of the full network, sliced; what a forward pass inside does to them is forgotten.
+        Running statistics of batch norm are those of the full network, sliced; what a forward pass inside does to them
+        is forgotten.
         """
         _, spec = self._plan(subnet)
         model = self.model
@@ -178,7 +184,8 @@ class Supernet:
                     place[key] = value
 
     def extract(self, subnet: Subnet) -> nn.Module:
-        """A subnet as a module of its own, with `compaction_spec` to rebuild it; the statistics are the full network's until recalibrated."""
+        """A subnet as a module of its own, with `compaction_spec` to rebuild it; the statistics are the full network's
+        until recalibrated."""
         model = copy.deepcopy(self.model)
         _, spec = self._plan(subnet)
         return copy.deepcopy(spec).apply_(model)
@@ -217,8 +224,8 @@ _ABSENT = _Absent()
 def droppable_blocks(program: Any, model: nn.Module) -> list[list[str]]:
     """The residual blocks that may be left out, by stage.
 
-    A stage is a run of blocks of one ``nn.Sequential`` that keep their input's shape; whatever starts the run (usually the block that changes the
-    shape, else its first block) always stays and is not listed.
+    A stage is a run of blocks of one ``nn.Sequential`` that keep their input's shape; whatever starts the run (usually
+    the block that changes the shape, else its first block) always stays and is not listed.
 
     Args:
         program: the captured model.
@@ -314,7 +321,8 @@ def recalibrate_(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
 
 
 def magnitudes(supernet: Supernet, subnet: Subnet) -> tuple[float, float]:
-    """Mean absolute filter weight of the units that a subnet keeps, and of those that it leaves out (0 where there are none).
+    """Mean absolute filter weight of the units that a subnet keeps, and of those that it leaves out (0 where there are
+    none).
 
     The paper's relative sparsity: under stimulative training the first grows while the second stays.
     """

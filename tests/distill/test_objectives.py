@@ -1,0 +1,191 @@
+"""Self-distillation: what each objective computes, and the state it carries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparse_engine.distill import (
+    Batch,
+    ClassWiseSelfDistillation,
+    CrossEntropy,
+    LastBatchSelfDistillation,
+    PairSampler,
+    ProgressiveSelfDistillation,
+    TeacherDistillation,
+    as_objective,
+)
+from sparse_engine.errors import SparseEngineError
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def batch(n: int = 6, start: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(start + 1)
+    x, y = torch.randn(n, 4, generator=generator), torch.arange(n) % 3
+    return Batch(x, y, torch.arange(start, start + n), x + 0.1, x - 0.1)
+
+
+def kl(target: torch.Tensor, z: torch.Tensor, temperature: float) -> torch.Tensor:
+    p, q = (target / temperature).softmax(1), (z / temperature).softmax(1)
+    return temperature**2 * (p * (p.log() - q.log())).sum(1).mean()
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ClassWiseSelfDistillation(weight=0.0),
+        ProgressiveSelfDistillation(torch.arange(6) % 3, 3, alpha=0.0),
+        LastBatchSelfDistillation(weight=0.0),
+    ],
+)
+def test_weight_zero_is_cross_entropy_bit_for_bit(objective):
+    model = net()
+    for _ in range(2):
+        ours = objective(model, batch())
+        theirs = CrossEntropy()(model, batch())
+        assert torch.equal(ours, theirs)
+        for a, b in zip(
+            torch.autograd.grad(ours, model.parameters()), torch.autograd.grad(theirs, model.parameters()), strict=True
+        ):
+            assert torch.equal(a, b)
+
+
+def test_class_wise_distils_from_the_pair_without_gradient():
+    model, b = net(), batch()
+    loss = ClassWiseSelfDistillation(weight=2.0, temperature=4.0)(model, b)
+    with torch.no_grad():
+        theirs = model(b.pair_inputs)
+    want = F.cross_entropy(model(b.inputs), b.targets) + 2 * kl(theirs, model(b.inputs), 4.0)
+    torch.testing.assert_close(loss, want)
+    got = torch.autograd.grad(loss, model.parameters())
+    for a, g in zip(torch.autograd.grad(want, model.parameters()), got, strict=True):
+        torch.testing.assert_close(a, g)
+
+
+def test_class_wise_without_pairs_says_what_is_missing():
+    with pytest.raises(SparseEngineError, match="pair_inputs"):
+        ClassWiseSelfDistillation()(net(), Batch(torch.randn(2, 4), torch.tensor([0, 1])))
+
+
+def test_progressive_uses_the_predictions_of_the_previous_epoch():
+    model, b = net(), batch()
+    objective = ProgressiveSelfDistillation(b.targets, 3, alpha=0.8)
+    objective.start_epoch(0, 2)
+    assert objective.current == pytest.approx(0.4)
+    # the table is one-hot at first: plain cross entropy
+    torch.testing.assert_close(objective(model, b), F.cross_entropy(model(b.inputs), b.targets))
+    objective.end_epoch()
+    before = model(b.inputs).detach().softmax(1)
+    with torch.no_grad():
+        model[0].weight.mul_(1.5)
+    objective.start_epoch(1, 2)
+    z = model(b.inputs)
+    mixture = 0.2 * F.one_hot(b.targets, 3) + 0.8 * before
+    torch.testing.assert_close(objective(model, b), -(mixture * F.log_softmax(z, 1)).sum(1).mean())
+    torch.testing.assert_close(objective.table, z.detach().softmax(1))
+
+
+def test_progressive_state_round_trip_and_warm_table():
+    model, b = net(), batch()
+    objective = ProgressiveSelfDistillation(b.targets, 3)
+    objective.warm(model, [b])
+    torch.testing.assert_close(objective.table, model(b.inputs).detach().softmax(1))
+    other = ProgressiveSelfDistillation(b.targets, 3)
+    other.load_state_dict(objective.state_dict())
+    assert torch.equal(other.table, objective.table)
+    with pytest.raises(SparseEngineError, match=r"\(6, 3\)"):
+        ProgressiveSelfDistillation(torch.zeros(4, dtype=torch.long), 3).load_state_dict(objective.state_dict())
+
+
+def test_last_batch_repeats_the_last_batch_in_its_second_view():
+    model, first, second = net(), batch(), batch(4, start=6)
+    objective = LastBatchSelfDistillation(weight=0.5, temperature=3.0)
+    torch.testing.assert_close(objective(model, first), F.cross_entropy(model(first.inputs), first.targets))
+    then = model(first.inputs).detach()
+    with torch.no_grad():
+        model[0].weight.mul_(1.2)
+    loss = objective(model, second)
+    both = model(torch.cat([second.inputs, first.second_view]))
+    want = F.cross_entropy(both, torch.cat([second.targets, first.targets])) + 0.5 * kl(then, both[4:], 3.0)
+    torch.testing.assert_close(loss, want)
+
+
+def test_last_batch_is_carried_by_the_state_dict():
+    model = net()
+    objective = LastBatchSelfDistillation()
+    objective(model, batch())
+    copy = LastBatchSelfDistillation()
+    copy.load_state_dict(objective.state_dict())
+    torch.testing.assert_close(copy(model, batch(4, 6)), objective(model, batch(4, 6)))
+
+
+def test_scoring_copies_leave_the_state_alone():
+    objective = LastBatchSelfDistillation()
+    objective.for_scoring()(net(), batch())
+    assert objective.last is None
+    table = ProgressiveSelfDistillation(torch.arange(6) % 3, 3)
+    before = table.table.clone()
+    table.for_scoring()(net(), batch())
+    assert torch.equal(table.table, before)
+
+
+def test_teacher_stays_frozen_and_in_evaluation_mode():
+    teacher = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    objective = TeacherDistillation(teacher, alpha=1.0, temperature=2.0)
+    teacher.train()
+    model, b = net(), batch()
+    loss = objective(model, b)
+    loss.backward()
+    torch.testing.assert_close(loss, kl(teacher(b.inputs), model(b.inputs), 2.0))
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_label_smoothing_anneals_linearly():
+    objective = CrossEntropy(0.1, 0.0)
+    seen = []
+    for epoch in range(3):
+        objective.start_epoch(epoch, 3)
+        seen.append(objective.current)
+    assert seen == pytest.approx([0.1, 0.05, 0.0])
+
+
+def test_sample_weights_scale_each_sample():
+    model, b = net(), batch()
+    weights = torch.tensor([1.0, 2.0, 0.0, 1.0, 3.0, 1.0])
+    weighted = Batch(b.inputs, b.targets, b.indices, weights=weights)
+    want = (F.cross_entropy(model(b.inputs), b.targets, reduction="none") * weights).mean()
+    torch.testing.assert_close(CrossEntropy()(model, weighted), want)
+    torch.testing.assert_close(as_objective(F.cross_entropy)(model, weighted), want)
+
+
+def test_pairs_are_of_the_same_class_another_sample_and_uniform():
+    labels = torch.tensor([0, 1, 0, 2, 1, 0, 0])
+    sampler = PairSampler(labels, seed=3)
+    indices = torch.arange(7).repeat(300)
+    partners = sampler.partners(indices)
+    assert torch.equal(labels[partners], labels[indices])
+    assert (partners != indices)[indices != 3].all()  # sample 3 is alone in its class
+    counts = torch.bincount(partners[indices == 0], minlength=7)
+    assert counts[[2, 5, 6]].min() > 60
+    assert counts[0] == 0
+
+
+def test_pairs_repeat_from_a_saved_state():
+    sampler = PairSampler(torch.arange(20) % 4, seed=1)
+    sampler.partners(torch.arange(20))
+    state = sampler.state_dict()
+    want = sampler.partners(torch.arange(20))
+    sampler.load_state_dict(state)
+    assert torch.equal(sampler.partners(torch.arange(20)), want)
+
+
+def test_something_that_is_no_loss_is_refused():
+    with pytest.raises(SparseEngineError, match="loss is a str"):
+        as_objective("cross_entropy")
