@@ -30,7 +30,7 @@ def inspect(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> dict[str, Any]:
-    """Show the sparsity of each weight, the structure its zeros form, and its size when packed."""
+    """Show the sparsity of each weight, the structure its zeros form, its packed size and predicted speed-up."""
     if (file is None) == (model is None):
         raise UsageError("give either a file, or --model (with --checkpoint for its weights)")
     if file is not None and (checkpoint is not None or arg):
@@ -48,7 +48,7 @@ def inspect(
 
 def _print(report: SparsityReport) -> None:
     screen = console()
-    layers = table("Weights", "name", "shape", ">sparsity", "structure", ">empty", ">dense", ">packed")
+    layers = table("Weights", "name", "shape", ">sparsity", "structure", ">empty", ">dense", ">packed", ">predicted")
     for layer in report.layers:
         empty = [f"{layer.empty_rows} out"] * (layer.empty_rows > 0) + [f"{layer.empty_inputs} in"] * (
             layer.empty_inputs > 0
@@ -61,12 +61,17 @@ def _print(report: SparsityReport) -> None:
             ", ".join(empty),
             size(layer.dense_bytes),
             size(layer.packed_bytes),
+            f"{layer.predicted_speedup:.1f}×" if layer.predicted_speedup else "",
         )
     screen.print(layers)
     screen.print(
         f"{report.zeros:,} of {report.weights:,} weights are zero ({100 * report.sparsity:.2f} %), "
         f"in {report.sparse_layers} of {len(report.layers)} layers."
     )
+    if any(layer.predicted_speedup for layer in report.layers):
+        screen.print(
+            "Predicted: speed-up over the dense kernel, by the cost model, for many pixels or tokens per call."
+        )
     screen.print(f"Size: {size(report.dense_bytes)} dense, {size(report.packed_bytes)} packed.")
     if not report.zeros:
         screen.print(

@@ -116,6 +116,12 @@ def describe(choice: LinearChoice) -> str:
     return choice.kernel
 
 
+def predicted_speedup(weight: numpy.ndarray) -> float:
+    """How many times faster than the dense kernel the cost model expects a weight [rows, columns] to be, given enough pixels; at least 1."""
+    best = min(panel_entries(weight, panel) * cost for panel, cost in _costs().items())
+    return max(1.0, weight.size / max(1, best))
+
+
 def _guessed(problem: LinearProblem, threads: int) -> dict[str, Any]:
     choice = default_choice(problem, threads)
     return {"kernel": describe(choice), "choice": choice.to_json(), "ms": None, "dense_ms": None, "reason": "cost model, not timed"}

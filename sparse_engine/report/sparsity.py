@@ -29,6 +29,8 @@ class LayerSparsity:
         empty_inputs: input channels whose weights are all zero.
         dense_bytes: size as it is.
         packed_bytes: size when packed, or `dense_bytes` where packing does not pay.
+        predicted_speedup: over the dense kernel, by the cost model, for many pixels or tokens; None where the model does
+            not apply or the native core is not built.
     """
 
     name: str
@@ -40,6 +42,7 @@ class LayerSparsity:
     empty_inputs: int
     dense_bytes: int
     packed_bytes: int
+    predicted_speedup: float | None = None
 
     @property
     def weights(self) -> int:
@@ -177,4 +180,15 @@ def _measure(name: str, tensor: torch.Tensor | PackedWeight) -> LayerSparsity:
         empty_inputs=int((~kept.any(dim=other_axes)).sum()) if dense.numel() else 0,
         dense_bytes=dense_bytes,
         packed_bytes=packed_bytes,
+        predicted_speedup=_predict(dense) if zeros else None,
     )
+
+
+def _predict(dense: torch.Tensor) -> float | None:
+    if dense.dtype != torch.float32 or not 2 <= dense.dim() <= 4 or (dense.dim() > 2 and dense.shape[1] == 1):
+        return None
+    try:
+        from sparse_engine.convert.choose import predicted_speedup
+    except ImportError:
+        return None
+    return predicted_speedup(dense.flatten(1).numpy())
