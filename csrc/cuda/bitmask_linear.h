@@ -5,11 +5,12 @@
 //     global ── cp.async ──> shared: x tile [64 tokens][64 inputs], 4 records      three stages in flight
 //     records ── expand ──> left operands in registers (never dense in memory)      x ── ldmatrix ──> right operands
 //
-//   Bytes from global per step: 8 KB of x (shared by the 4 warps), 4 records of 128 + 2·nnz; operations 2·64·64·64 whatever the sparsity. The
-//   weight's bytes shrink, the arithmetic does not: it pays where the weight's bytes are the bound, and never beyond mma.sync's peak.
+//   Bytes from global per step: 8 KB of x (shared by the 4 warps), 4 records of 128 + 2·nnz; operations 2·64·64·64 whatever the sparsity.
+//   The weight's bytes shrink, the arithmetic does not: it pays where the weight's bytes are the bound, and never beyond mma.sync's peak.
 //
 // bitmask_decode: at most 16 tokens.   One block: 32 outputs; 8 warps share the inputs, each streams its own records through a ring of four
-//   stages without any block-wide barrier, and the partial sums meet in shared memory once at the end, in a fixed order. Bound: bytes of the records.
+//   stages without any block-wide barrier, and the partial sums meet in shared memory once at the end, in a fixed order. Bound: bytes of
+//   the records.
 #pragma once
 
 #include "cuda/bitmask_format.h"
@@ -32,8 +33,8 @@ constexpr int kLinearThreads = 128;
 constexpr int kLinearTokens = 64;
 constexpr int kLinearOutputs = 64;
 constexpr int kLinearStages = 3;
-constexpr int kRowBytes = kTileInputs * 2;                      // one token of the x tile
-constexpr int kOutRow = (kLinearOutputs + 8) * 2;               // padded against bank conflicts
+constexpr int kRowBytes = kTileInputs * 2;         // one token of the x tile
+constexpr int kOutRow = (kLinearOutputs + 8) * 2;  // padded against bank conflicts
 constexpr int kLinearXBytes = kLinearTokens * kRowBytes;
 
 inline size_t bitmask_linear_shared(int record_bytes) {
@@ -75,7 +76,8 @@ SE_KERNEL void SE_BOUNDS(kLinearThreads, 2) bitmask_linear(BitmaskLinear p) {
                 copy_async<16>(stage + swizzled(row, chunk), from, valid);
             }
             if (rows_exist) {
-                copy_record(stage + kLinearXBytes + warp * p.record_bytes, p.records, p.start, static_cast<int64_t>(row_tile) * across + step);
+                copy_record(stage + kLinearXBytes + warp * p.record_bytes, p.records, p.start,
+                            static_cast<int64_t>(row_tile) * across + step);
             }
         }
         copy_async_commit();  // also where there is nothing: the count of groups stays the same

@@ -1,5 +1,5 @@
-// Block-sparse linear layer, blocks with sides that are multiples of 64: out[t, m] = act(bias[m] + Σ over the kept blocks of m's block row).
-// One block of threads: 128 tokens × 64 outputs; the loop runs over the kept blocks of the row, 64 inputs at a time (tile_product.h).
+// Block-sparse linear layer, blocks with sides that are multiples of 64: out[t, m] = act(bias[m] + Σ over the kept blocks of m's block
+// row). One block of threads: 128 tokens × 64 outputs; the loop runs over the kept blocks of the row, 64 inputs at a time (tile_product.h).
 #pragma once
 
 #include "cuda/tile_product.h"
@@ -7,13 +7,13 @@
 namespace se::cuda {
 
 struct BlockLinear {
-    const uint16_t* x;          // [tokens, inputs], inputs a multiple of 8
-    const uint16_t* values;     // [blocks, block_rows, block_cols]
-    const int32_t* row_ptr;     // [block rows + 1]
-    const int32_t* cols;        // [blocks]
-    const int32_t* row_order;   // [block rows], longest first
-    const uint16_t* bias;       // [outputs] or null
-    uint16_t* out;              // [tokens, outputs]
+    const uint16_t* x;         // [tokens, inputs], inputs a multiple of 8
+    const uint16_t* values;    // [blocks, block_rows, block_cols]
+    const int32_t* row_ptr;    // [block rows + 1]
+    const int32_t* cols;       // [blocks]
+    const int32_t* row_order;  // [block rows], longest first
+    const uint16_t* bias;      // [outputs] or null
+    uint16_t* out;             // [tokens, outputs]
     int tokens, outputs, inputs, block_rows, block_cols;
     Activation activation;
 };
@@ -31,7 +31,8 @@ SE_KERNEL void SE_BOUNDS(kTileThreads, 2) block_linear(BlockLinear p) {
     tile_product<kType>(
         sums, steps,
         [&](char* stage, int step) {
-            const int64_t column = static_cast<int64_t>(p.cols[first + step / parts_across]) * p.block_cols + step % parts_across * kTileInputs;
+            const int64_t column =
+                static_cast<int64_t>(p.cols[first + step / parts_across]) * p.block_cols + step % parts_across * kTileInputs;
             SE_UNROLL
             for (int i = 0; i < kTileLeft * 8 / kTileThreads; ++i) {
                 const int piece = thread + i * kTileThreads, row = piece / 8, chunk = piece % 8;

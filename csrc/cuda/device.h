@@ -1,5 +1,5 @@
-// The device primitives that the kernels here are written against. nvcc compiles them to the instructions they name; any other compiler runs
-// them on the CPU, one thread block at a time (host_block.h), so that the same kernel source is tested where there is no GPU.
+// The device primitives that the kernels here are written against. nvcc compiles them to the instructions they name; any other compiler
+// runs them on the CPU, one thread block at a time (host_block.h), so that the same kernel source is tested where there is no GPU.
 #pragma once
 
 #include <cstddef>
@@ -201,7 +201,8 @@ SE_DEVICE void load_matrices(uint32_t out[4], const void* row) {
 #endif
 }
 
-// d += a · b on the tensor cores: a is 16 × 16 (rows, inputs), b is 16 × 8 (inputs, columns), d is 16 × 8 in fp32, with g = lane / 4, c = lane % 4:
+// d += a · b on the tensor cores: a is 16 × 16 (rows, inputs), b is 16 × 8 (inputs, columns), d is 16 × 8 in fp32, with g = lane / 4, c =
+// lane % 4:
 //   a[0] = A[g][2c, 2c+1]   a[1] = A[g+8][2c, 2c+1]   a[2] = A[g][2c+8, 2c+9]   a[3] = A[g+8][2c+8, 2c+9]
 //   b[0] = B[2c, 2c+1][g]   b[1] = B[2c+8, 2c+9][g]   d[0], d[1] = D[g][2c, 2c+1]   d[2], d[3] = D[g+8][2c, 2c+1]
 template <Type kType>
@@ -293,12 +294,13 @@ struct Grid {
 
 // Starts a kernel; returns 0 or the CUDA error's number. `stream` is a cudaStream_t.
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared_bytes, [[maybe_unused]] void* stream, Arguments... arguments) {
+int launch(void (*kernel)(Parameters...), Grid grid, int threads, size_t shared_bytes, [[maybe_unused]] void* stream,
+           Arguments... arguments) {
     if (!grid.x || !grid.y || !grid.z) return 0;
 #if defined(__CUDACC__)
     if (shared_bytes > 48 * 1024) {
-        const cudaError_t error =
-            cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                       static_cast<int>(shared_bytes));
         if (error != cudaSuccess) {
             cudaGetLastError();
             return static_cast<int>(error);

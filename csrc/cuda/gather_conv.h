@@ -83,7 +83,8 @@ SE_KERNEL void SE_BOUNDS(kTileThreads, 2) gather_conv(GatherConv p) {
             for (int i = 0; i < kTileRight * 8 / kTileThreads; ++i) {
                 const int row = thread / 8 + i * (kTileThreads / 8), output = first_output + row;
                 const bool valid = output < p.kept_out;
-                const int64_t place = (static_cast<int64_t>(output) * taps + step / parts) * p.padded_in + step % parts * kTileInputs + chunk * 8;
+                const int64_t place =
+                    (static_cast<int64_t>(output) * taps + step / parts) * p.padded_in + step % parts * kTileInputs + chunk * 8;
                 copy_async<16>(stage + swizzled(row, chunk), valid ? p.weight + place : p.weight, valid);
             }
         });

@@ -4,7 +4,8 @@
 // What it checks that a GPU would not: a barrier or warp operation that not every lane reaches (reported, with the lanes' states), reads of
 // shared memory before an asynchronous copy was waited for (the target is filled with 0xff bytes until then), accesses outside shared
 // memory (address sanitizer), and lanes, of one block or of two, that touch the same memory without a barrier between them (thread
-// sanitizer: each lane is a thread to it, and only barriers order them). Lanes can also be run last first, to see whether results depend on it.
+// sanitizer: each lane is a thread to it, and only barriers order them). Lanes can also be run last first, to see whether results depend on
+// it.
 #pragma once
 
 #include <sys/mman.h>

@@ -89,29 +89,46 @@ SE_EXPORT void se_cuda_bitmask_unpack(const uint32_t* start, const uint8_t* reco
 SE_EXPORT int se_cuda_bitmask_linear(const void* x, const uint32_t* start, const uint8_t* records, const void* bias, void* out, int tokens,
                                      int outputs, int inputs, int largest_record, int type, int activation, int decode, void* stream) {
     if (type != 0 && type != 1) return kBadType;
-    if (tokens < 0 || outputs < 0 || inputs <= 0 || inputs % 8 || largest_record % 16 || largest_record > kLargestRecord || activation < 0 ||
-        activation > 3 || (decode && tokens > 16)) {
+    if (tokens < 0 || outputs < 0 || inputs <= 0 || inputs % 8 || largest_record % 16 || largest_record > kLargestRecord ||
+        activation < 0 || activation > 3 || (decode && tokens > 16)) {
         return kBadShape;
     }
     if (!aligned(x, 16) || !aligned(records, 16)) return kMisaligned;
-    const BitmaskLinear p{static_cast<const uint16_t*>(x), start,   records, static_cast<const uint16_t*>(bias),
-                          static_cast<uint16_t*>(out),     tokens,  outputs, inputs,
-                          largest_record,                  static_cast<Activation>(activation)};
+    const BitmaskLinear p{static_cast<const uint16_t*>(x),
+                          start,
+                          records,
+                          static_cast<const uint16_t*>(bias),
+                          static_cast<uint16_t*>(out),
+                          tokens,
+                          outputs,
+                          inputs,
+                          largest_record,
+                          static_cast<Activation>(activation)};
     return type == 0 ? launch_bitmask_linear<Type::kBf16>(p, decode, stream) : launch_bitmask_linear<Type::kFp16>(p, decode, stream);
 }
 
 SE_EXPORT int se_cuda_block_linear(const void* x, const void* values, const int32_t* row_ptr, const int32_t* cols, const int32_t* row_order,
-                                   const void* bias, void* out, int tokens, int outputs, int inputs, int block_rows, int block_cols, int type,
-                                   int activation, void* stream) {
+                                   const void* bias, void* out, int tokens, int outputs, int inputs, int block_rows, int block_cols,
+                                   int type, int activation, void* stream) {
     if (type != 0 && type != 1) return kBadType;
     if (tokens < 0 || outputs < 0 || inputs <= 0 || inputs % 8 || block_rows <= 0 || block_rows % kTileRight || block_cols <= 0 ||
         block_cols % kTileInputs || activation < 0 || activation > 3) {
         return kBadShape;
     }
     if (!aligned(x, 16) || !aligned(values, 16)) return kMisaligned;
-    const BlockLinear p{static_cast<const uint16_t*>(x),    static_cast<const uint16_t*>(values), row_ptr, cols,   row_order,
-                        static_cast<const uint16_t*>(bias), static_cast<uint16_t*>(out),          tokens,  outputs, inputs,
-                        block_rows,                         block_cols,                           static_cast<Activation>(activation)};
+    const BlockLinear p{static_cast<const uint16_t*>(x),
+                        static_cast<const uint16_t*>(values),
+                        row_ptr,
+                        cols,
+                        row_order,
+                        static_cast<const uint16_t*>(bias),
+                        static_cast<uint16_t*>(out),
+                        tokens,
+                        outputs,
+                        inputs,
+                        block_rows,
+                        block_cols,
+                        static_cast<Activation>(activation)};
     const Grid grid{tiles(outputs, block_rows) * static_cast<unsigned>(block_rows / kTileRight), tiles(tokens, kTileLeft), 1};
     return type == 0 ? launch(block_linear<Type::kBf16>, grid, kTileThreads, kTileShared, stream, p)
                      : launch(block_linear<Type::kFp16>, grid, kTileThreads, kTileShared, stream, p);
@@ -119,8 +136,8 @@ SE_EXPORT int se_cuda_block_linear(const void* x, const void* values, const int3
 
 // sizes: batch, height, width, channels, out height, out width, out channels, kept in, padded in, kept out, kernel height, kernel width,
 // stride y, stride x, padding y, padding x, dilation y, dilation x
-SE_EXPORT int se_cuda_gather_conv(const void* x, const void* weight, const int32_t* in_index, const int32_t* out_index, const void* bias, void* y,
-                                  const int* sizes, int run, int type, int activation, void* stream) {
+SE_EXPORT int se_cuda_gather_conv(const void* x, const void* weight, const int32_t* in_index, const int32_t* out_index, const void* bias,
+                                  void* y, const int* sizes, int run, int type, int activation, void* stream) {
     if (type != 0 && type != 1) return kBadType;
     GatherConv p{};
     p.x = static_cast<const uint16_t*>(x);
@@ -132,7 +149,8 @@ SE_EXPORT int se_cuda_gather_conv(const void* x, const void* weight, const int32
     p.out_height = sizes[4], p.out_width = sizes[5], p.out_channels = sizes[6];
     p.kept_in = sizes[7], p.padded_in = sizes[8], p.kept_out = sizes[9];
     p.kernel_height = sizes[10], p.kernel_width = sizes[11];
-    p.stride_y = sizes[12], p.stride_x = sizes[13], p.pad_y = sizes[14], p.pad_x = sizes[15], p.dilation_y = sizes[16], p.dilation_x = sizes[17];
+    p.stride_y = sizes[12], p.stride_x = sizes[13], p.pad_y = sizes[14], p.pad_x = sizes[15], p.dilation_y = sizes[16],
+    p.dilation_x = sizes[17];
     p.activation = static_cast<Activation>(activation);
     if (p.padded_in % kTileInputs || p.kept_in > p.padded_in || p.kept_in < 1 || p.kept_out < 0 || p.channels % run || activation < 0 ||
         activation > 3) {
