@@ -723,10 +723,8 @@ class _Lowering:
         out = self.like(x, sizes)
         kind = node.attrs["kind"]
         self.step(lambda plan: plan.reduce(node.name, x.view(), out.view(), dims, kind), [x], [out])
-        if not node.attrs["keepdim"]:
-            kept = [d for d in range(rank) if d not in dims]
-            out = out.permuted(kept)
-        self.places[node.output] = out
+        kept = [d for d in range(rank) if d not in dims]
+        self.places[node.output] = out if node.attrs["keepdim"] else out.permuted(kept)
 
     def op_softmax(self, node: Node) -> None:
         x = self.places[node.inputs[0]]
