@@ -18,7 +18,7 @@ from torch.nn import functional
 from sparse_engine.errors import ShapeError
 from sparse_engine.ops import native, registry
 from sparse_engine.ops.pattern import Pattern, cell_index, gather_matrix, scatter_matrix
-from sparse_engine.ops.sparse_linear import _why_not_torch
+from sparse_engine.ops.sparse_linear import _why_not_torch, autocast
 
 __all__ = ["explain_conv2d", "resolve_padding", "sparse_conv2d"]
 
@@ -69,9 +69,7 @@ def sparse_conv2d(
         BackendError: when the backend asked for cannot run the call; it lists every backend and its reasons.
     """
     x, batched, arguments = _prepare(x, values, pattern, bias, stride, padding, dilation, groups)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.float32 if x.device.type == "cpu" else torch.get_autocast_dtype(x.device.type)
-        x, values, bias = x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+    x, values, bias = autocast(x, values, bias)
     y = torch.ops.sparse_engine.sparse_conv2d(x, values, bias, pattern.row_ptr, pattern.cols, *arguments, impl)
     return y if batched else y.squeeze(0)
 

@@ -10,6 +10,7 @@ Inputs of every candidate: x or dy of any leading dimensions, `values` (cells ·
 int32 (see `sparse_engine.ops.pattern.Pattern`), out_features, in_features, block = [rows, cols].
 """
 
+import math
 from typing import Any
 
 import torch
@@ -53,9 +54,7 @@ def sparse_linear(
         BackendError: when the backend asked for cannot run the call; it lists every backend and its reasons.
     """
     _check(x, values, pattern, bias)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.float32 if x.device.type == "cpu" else torch.get_autocast_dtype(x.device.type)
-        x, values, bias = x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+    x, values, bias = autocast(x, values, bias)
     return torch.ops.sparse_engine.sparse_linear(
         x, values, bias, pattern.row_ptr, pattern.cols, pattern.rows, pattern.columns, list(pattern.block), impl
     )
@@ -77,6 +76,17 @@ def explain_linear(
         pattern.columns,
         list(pattern.block),
     )
+
+
+def autocast(
+    x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Cast the operands as a surrounding autocast asks: to its dtype, but to float32 on the CPU."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x, values, bias
+    dtype = torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)
+    return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _check(x: torch.Tensor, values: torch.Tensor, pattern: Pattern, bias: torch.Tensor | None) -> None:
@@ -145,8 +155,13 @@ def _backward_forward(ctx, grad):
     op = torch.ops.sparse_engine
     dx = op.sparse_linear_input_grad(grad, values, row_ptr, cols, *ctx.rest) if wants_x else None
     dvalues = op.sparse_linear_weight_grad(grad, x, row_ptr, cols, *ctx.rest) if wants_values else None
-    dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if wants_bias else None
+    dbias = bias_gradient(grad) if wants_bias else None
     return dx, dvalues, dbias, None, None, None, None, None, None
+
+
+def bias_gradient(grad: torch.Tensor) -> torch.Tensor:
+    """Sum (..., M) over everything but the outputs."""
+    return grad.sum(list(range(grad.dim() - 1))) if grad.dim() > 1 else grad.clone()
 
 
 def _setup_gradient(ctx, inputs, output):
@@ -209,7 +224,8 @@ def reference_input_grad(grad, values, row_ptr, cols, out_features, in_features,
 @registry.register("sparse_linear_weight_grad", "torch", why_not=_why_not_torch)
 def reference_weight_grad(grad, x, row_ptr, cols, out_features, in_features, block):
     """dW = dyᵀ x read at the pattern, in panels of whole block rows so that no dense gradient exists at once."""
-    grad, x = grad.reshape(-1, out_features), x.reshape(-1, in_features)  # [N, M], [N, K]
+    count = math.prod(grad.shape[:-1])
+    grad, x = grad.reshape(count, out_features), x.reshape(count, in_features)  # [N, M], [N, K]
     height, width = block
     block_rows, grid_cols = row_ptr.numel() - 1, -(-in_features // width)
     index = cell_index(row_ptr, cols, grid_cols)
@@ -349,7 +365,6 @@ class EagerLinear(torch.autograd.Function):
         x, values = ctx.saved_tensors
         pattern, native_linear = ctx.pattern, ctx.native_linear
         wants_x, wants_values, wants_bias = ctx.needs_input_grad[:3]
-        dx = dvalues = dbias = None
         if torch.is_grad_enabled() or type(grad) is not torch.Tensor or grad.dtype is not torch.float32:
             op = torch.ops.sparse_engine
             rest = (pattern.row_ptr, pattern.cols, pattern.rows, pattern.columns, list(pattern.block), "auto")
@@ -358,6 +373,4 @@ class EagerLinear(torch.autograd.Function):
         else:
             dx = _native_input_grad(grad, values, native_linear, pattern.columns) if wants_x else None
             dvalues = _native_weight_grad(grad, x, native_linear, pattern.num_values) if wants_values else None
-        if wants_bias:
-            dbias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return dx, dvalues, dbias, None, None
+        return dx, dvalues, bias_gradient(grad) if wants_bias else None, None, None
