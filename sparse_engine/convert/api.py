@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparse_engine.convert.capture import Captured, capture
-from sparse_engine.convert.executable import Executable
+from sparse_engine.convert.executable import Executable, check_threads
 from sparse_engine.convert.flops import moves_only, node_flops
 from sparse_engine.convert.graph import Graph, Node, shape_at
 from sparse_engine.convert.inputs import Weights, prepare, prepare_examples
@@ -70,7 +70,7 @@ def convert(
         VerificationError: the outputs differ by more than the bound; nothing is returned.
         CheckpointError: the weights do not fit the model.
     """
-    _check_arguments(device, dtype, bound)
+    _check_arguments(device, dtype, threads, bound)
     step = progress if progress is not None else (lambda name: None)
     step("preparing the model")
     plain = prepare(model, weights, dtype)
@@ -96,7 +96,7 @@ def convert(
     return executable
 
 
-def _check_arguments(device: str | torch.device, dtype: torch.dtype, bound: float) -> None:
+def _check_arguments(device: str | torch.device, dtype: torch.dtype, threads: int | None, bound: float) -> None:
     if torch.device(device).type != "cpu":
         raise ConvertError(
             f"executables run on the CPU; device={str(device)!r} is not supported. On a GPU use sparse_engine.sparsify_"
@@ -105,6 +105,7 @@ def _check_arguments(device: str | torch.device, dtype: torch.dtype, bound: floa
         raise ConvertError(
             f"executables compute in torch.float32, not {dtype}; leave dtype out and the model is converted to it"
         )
+    check_threads(threads)
     if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not bound > 0 or not math.isfinite(bound):
         raise ConvertError(f"bound must be a positive number, not {bound!r}")
 
@@ -214,17 +215,14 @@ def _report(
     planned = graph.fixed_batch if graph.fixed_batch is not None else batch
     chosen = _choice_table(executable.choices)
     layers: list[LayerReport] = []
-    total = native = zeros = weights = 0
+    total = native = 0
     for node in graph.nodes:
         flops = node_flops(graph, node, planned)
         total += flops
         native += flops if executable.native and node.op != "fallback" else 0
-        if "weight" in node.params and node.op in ("conv2d", "linear"):
-            weight = graph.constants[node.params["weight"]]
-            weights += weight.numel()
-            zeros += weight.numel() - int(torch.count_nonzero(weight))
         if not moves_only(node):
             layers.append(_layer(graph, node, planned, flops, chosen.get(node.name, {}), captured.reasons, executable))
+    zeros, weights = _count_zeros(captured.graph)
     sparsity = zeros / weights if weights else 0.0
     notes: list[str] = []
     if not executable.native:
@@ -291,6 +289,13 @@ def _layer(
         dense_ms=choice.get("dense_ms"),
         reason=str(choice.get("reason", reason)),
     )
+
+
+def _count_zeros(graph: Graph) -> tuple[int, int]:
+    """Zeros and entries of the weights of all linear operators, as they came."""
+    names = {node.params["weight"] for node in graph.nodes if node.op in ("conv2d", "linear")}
+    entries = sum(graph.constants[name].numel() for name in names)
+    return entries - sum(int(torch.count_nonzero(graph.constants[name])) for name in names), entries
 
 
 def _choice_table(choices: Any) -> Mapping[str, Mapping[str, Any]]:

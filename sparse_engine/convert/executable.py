@@ -375,6 +375,12 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Executa
 # ---- helpers
 
 
+def check_threads(threads: Any) -> None:
+    """Refuse what is no number of threads."""
+    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+        raise ConvertError(f"threads must be a positive int or None, not {threads!r}")
+
+
 def _is_plain(structure: Any, spec: pytree.TreeSpec) -> bool:
     """True when tuples, lists and dicts say all about the output's types."""
     leaves: list[Any] = []

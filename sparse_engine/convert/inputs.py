@@ -47,11 +47,10 @@ def prepare(model: nn.Module, weights: Weights | None = None, dtype: torch.dtype
     """
     if not isinstance(model, nn.Module):
         raise ConvertError(f"convert takes a torch.nn.Module, not {type(model).__name__}")
-    plain = share_copy(_unwrap(model))
+    plain = _densify(share_copy(_unwrap(model)))
     _remove_prune_hooks(plain)
     _remove_parametrizations(plain)
     _apply_masks(plain)
-    plain = _densify(plain)
     if weights is not None:
         _load(plain, weights)
     plain.eval()
@@ -174,7 +173,7 @@ def _densify(model: nn.Module) -> nn.Module:
         return model
     from sparse_engine.nn import densify_
 
-    return densify_(model) or model
+    return densify_(model)
 
 
 def _load(model: nn.Module, weights: Weights) -> None:

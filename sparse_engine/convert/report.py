@@ -51,7 +51,7 @@ class Report:
         layers: in running order; movement (reshape, permute, …) that costs nothing is left out.
         native_share: fraction of the dense FLOPs that run in native kernels rather than through PyTorch.
         fallbacks: names of the fallback nodes with the reasons.
-        sparsity: fraction of zeros over all weights of linear operators.
+        sparsity: fraction of zeros over all weights of linear operators, before dead channels were removed.
         bytes_before: of the model's parameters and buffers.
         bytes_after: of the executable's packed constants.
         max_error: largest difference from the model on the example inputs, relative to the output's largest magnitude; None when not verified.
