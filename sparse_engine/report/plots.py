@@ -226,7 +226,9 @@ def _bars_figure(count: int) -> tuple[Figure, Any]:
 
 
 def _shorten(name: str, length: int = 34) -> str:
-    return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-length // 2 :]}"
+    """The beginning and the end of a long name; a dollar sign is no formula."""
+    short = name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-length // 2 :]}"
+    return short.replace("$", r"\$")
 
 
 def _rgb(colour: str) -> tuple[float, float, float]:
@@ -253,4 +255,6 @@ def _svg(figure: Figure, label: str) -> str:
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = re.sub(r"url\(#", f"url(#{prefix}-", text)
     text = re.sub(r'href="#', f'href="#{prefix}-', text)
-    return re.sub(r'<svg width="[^"]*" height="[^"]*"', f'<svg role="img" aria-label="{label}"', text, count=1)
+    opening, rest = text.split(">", 1)
+    opening = re.sub(r' (width|height)="[^"]*"', "", opening)
+    return opening.replace("<svg", f'<svg role="img" aria-label="{label}"', 1) + ">" + rest

@@ -29,8 +29,8 @@ class LayerSparsity:
         empty_inputs: input channels whose weights are all zero.
         dense_bytes: size as it is.
         packed_bytes: size when packed, or `dense_bytes` where packing does not pay.
-        predicted_speedup: over the dense kernel, by the cost model, for many pixels or tokens; None where the model does
-            not apply or the native core is not built.
+        predicted_speedup: over the dense kernel, by the cost model, for many pixels or tokens; None where the model
+            does not apply or the native core is not built.
     """
 
     name: str
