@@ -49,7 +49,7 @@ def convert(
     ] = None,
     threads: ThreadsOption = None,
     tune: Annotated[
-        bool, typer.Option(help="Time the candidate kernels of each layer instead of trusting the model.")
+        bool, typer.Option(help="Time the candidate kernels of each layer; otherwise a cost model chooses.")
     ] = True,
     verify: Annotated[bool, typer.Option(help="Compare the outputs with the model's before writing anything.")] = True,
     bound: Annotated[float, typer.Option(help="Largest accepted error, as a share of the output's scale.")] = 1e-4,
