@@ -6,4 +6,6 @@ from sparse_engine.ops.registry import explain
 from sparse_engine.ops.sparse_conv2d import sparse_conv2d
 from sparse_engine.ops.sparse_linear import sparse_linear
 
+from sparse_engine.ops import gpu as _gpu_candidates  # isort: skip  (registers them)
+
 __all__ = ["Pattern", "explain", "registry", "sparse_conv2d", "sparse_linear"]

@@ -1,0 +1,142 @@
+"""The `triton` and `cuda` candidates of the linear ops: compiled and run on the CPU in the tests, for NVIDIA GPUs.
+
+`triton` takes weights in blocks with sides of 16 to 128, all three products. `cuda` takes unstructured weights that are
+not being trained, forward only. Whatever they derive from a pattern is built once and kept with it (`pattern.cached`),
+so that later calls can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from sparse_engine import kernels
+from sparse_engine.ops import cuda_library, registry
+from sparse_engine.ops.pattern import cached, scatter_matrix
+
+_SIDES = (16, 32, 64, 128)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _why_not_operands(tensors: dict[str, torch.Tensor | None], cols: torch.Tensor, interpret: bool) -> list[str]:
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    reasons = []
+    wanted = "cpu" if interpret else "cuda"
+    for name, tensor in [*present.items(), ("the pattern", cols)]:
+        if tensor.device.type != wanted:
+            reasons.append(f"{name} is on {tensor.device}, not on an NVIDIA GPU")
+    kinds = {tensor.dtype for tensor in present.values()}
+    if len(kinds) > 1:
+        reasons.append(f"operands have different dtypes: {', '.join(sorted(map(str, kinds)))}")
+    return reasons
+
+
+def _interpreted(op: str) -> bool:
+    """Whether CPU tensors may be interpreted: only where the tests ask for this backend by name, for it is very
+    slow."""
+    return registry.forced(op) == "triton" and kernels.available() and not torch.cuda.is_available()
+
+
+def _why_not_triton(
+    op: str, tensors: dict[str, torch.Tensor | None], cols: torch.Tensor, block: list[int]
+) -> list[str]:
+    reasons = _why_not_operands(tensors, cols, _interpreted(op))
+    if reasons:
+        return reasons
+    reasons = kernels.why_not()
+    if block[0] not in _SIDES or block[1] not in _SIDES:
+        reasons.append(f"blocks of {block[0]} x {block[1]}; the kernels take sides of {', '.join(map(str, _SIDES))}")
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in _FLOATS:
+            reasons.append(f"{name} is {tensor.dtype}")
+    return reasons
+
+
+def _pattern(
+    row_ptr: torch.Tensor, cols: torch.Tensor, out_features: int, in_features: int, block: list[int]
+) -> kernels.BlockPattern:
+    height, width = block
+
+    def build() -> kernels.BlockPattern:
+        kept = torch.zeros(-(-out_features // height), -(-in_features // width), dtype=torch.bool, device=cols.device)
+        rows = torch.repeat_interleave(torch.arange(kept.shape[0], device=cols.device), row_ptr.diff())
+        kept[rows, cols.long()] = True
+        return kernels.block_pattern(kept, (height, width), (out_features, in_features))
+
+    return cached(row_ptr, cols, ("triton blocks", out_features, in_features, height, width), build)
+
+
+# -- triton: block-sparse --------------------------------------------------------------------------------------------
+
+
+def _why_not_triton_forward(x, values, bias, row_ptr, cols, out_features, in_features, block):
+    return _why_not_triton("sparse_linear", {"x": x, "values": values, "bias": bias}, cols, block)
+
+
+@registry.register("sparse_linear", "triton", why_not=_why_not_triton_forward)
+def _triton_forward(x, values, bias, row_ptr, cols, out_features, in_features, block):
+    pattern = _pattern(row_ptr, cols, out_features, in_features, block)
+    return kernels.block_sparse_linear(x.detach(), values.detach().reshape(-1, *block), pattern, bias)
+
+
+def _why_not_triton_input_grad(grad, values, row_ptr, cols, out_features, in_features, block):
+    return _why_not_triton("sparse_linear_input_grad", {"grad": grad, "values": values}, cols, block)
+
+
+@registry.register("sparse_linear_input_grad", "triton", why_not=_why_not_triton_input_grad)
+def _triton_input_grad(grad, values, row_ptr, cols, out_features, in_features, block):
+    pattern = _pattern(row_ptr, cols, out_features, in_features, block)
+    return kernels.block_sparse_input_gradient(grad.detach(), values.detach().reshape(-1, *block), pattern)
+
+
+def _why_not_triton_weight_grad(grad, x, row_ptr, cols, out_features, in_features, block):
+    return _why_not_triton("sparse_linear_weight_grad", {"grad": grad, "x": x}, cols, block)
+
+
+@registry.register("sparse_linear_weight_grad", "triton", why_not=_why_not_triton_weight_grad)
+def _triton_weight_grad(grad, x, row_ptr, cols, out_features, in_features, block):
+    pattern = _pattern(row_ptr, cols, out_features, in_features, block)
+    return kernels.block_sparse_weight_gradient(grad.detach(), x.detach(), pattern).reshape(-1)
+
+
+# -- cuda: unstructured ----------------------------------------------------------------------------------------------
+
+
+def _why_not_cuda(x, values, bias, row_ptr, cols, out_features, in_features, block) -> list[str]:
+    reasons = _why_not_operands({"x": x, "values": values, "bias": bias}, cols, False)
+    if reasons:
+        return reasons
+    reasons = cuda_library.why_not()
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"x is {x.dtype}; the kernel computes in bfloat16 and float16")
+    if list(block) != [1, 1]:
+        reasons.append(f"blocks of {block[0]} x {block[1]}; this kernel is for unstructured weights")
+    if in_features % 8:
+        reasons.append(f"{in_features} inputs; the kernel copies 8 at a time")
+    if values.requires_grad:
+        reasons.append("the values are being trained, and would be packed again at every step")
+    return reasons
+
+
+class _Packed:
+    """The records of the values that a pattern was last used with."""
+
+    __slots__ = ("version", "weak", "weight")
+
+    def __init__(self) -> None:
+        self.weak: Any = None
+        self.version = -1
+        self.weight: cuda_library.BitmaskWeight | None = None
+
+
+@registry.register("sparse_linear", "cuda", why_not=_why_not_cuda)
+def _cuda_forward(x, values, bias, row_ptr, cols, out_features, in_features, block):
+    slot = cached(row_ptr, cols, ("cuda bitmask", out_features, in_features, values.dtype), _Packed)
+    version = 0 if values.is_inference() else values._version
+    if slot.weak is None or slot.weak() is not values or slot.version != version:
+        dense = scatter_matrix(values.detach(), row_ptr, cols, out_features, in_features, (1, 1))
+        slot.weight = cuda_library.pack_bitmask(dense)
+        slot.weak, slot.version = weakref.ref(values), version
+    return cuda_library.library().bitmask_linear(x.detach(), slot.weight, bias)

@@ -1,0 +1,58 @@
+"""The ops' GPU candidates: the same function and gradients as the reference, and reasons where they cannot run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse_engine import PackedWeight
+from sparse_engine.errors import BackendError
+from sparse_engine.ops import Pattern, registry, sparse_linear
+from sparse_engine.ops.sparse_linear import explain_linear
+from sparse_engine.structure import Block, Unstructured
+from tests.helpers import assert_close_to_fp64
+
+
+def make(device, structure):
+    weight = torch.randn(50, 70)
+    weight[:32, 16:48] = 0
+    packed = PackedWeight.from_dense(weight, structure=structure)
+    return packed.values.to(device), Pattern.from_packed(packed).to(device), packed.to_dense()
+
+
+def test_block_linear_and_gradients(device, monkeypatch):
+    monkeypatch.setenv("SPARSE_ENGINE_IMPL", "sparse_linear:triton")
+    values, pattern, dense = make(device, Block((32, 16)))
+    x = torch.randn(3, 5, 70).to(device).requires_grad_()
+    values, bias = values.requires_grad_(), torch.randn(50).to(device).requires_grad_()
+    y = sparse_linear(x, values, pattern, bias)
+    dy = torch.randn(3, 5, 50)
+    y.backward(dy.to(device))
+    x64, w64, b64 = (v.detach().cpu().double().requires_grad_() for v in (x, dense, bias))
+    expected = torch.nn.functional.linear(x64, w64, b64)
+    expected.backward(dy.double())
+    assert_close_to_fp64(y, expected.detach())
+    assert_close_to_fp64(x.grad, x64.grad)
+    assert_close_to_fp64(bias.grad, b64.grad)
+    kept = PackedWeight.from_dense(dense, structure=Block((32, 16)))
+    assert_close_to_fp64(values.grad, kept.gather(w64.grad.float()).double())
+
+
+def test_reasons_on_a_cpu():
+    values, pattern, _ = make("cpu", Unstructured())
+    reasons = explain_linear(torch.randn(2, 70), values, pattern).reasons
+    assert "x is on cpu, not on an NVIDIA GPU" in reasons["cuda"]
+    assert "x is on cpu, not on an NVIDIA GPU" in reasons["triton"]
+    with pytest.raises(BackendError, match="not on an NVIDIA GPU"):
+        sparse_linear(torch.randn(2, 70), values, pattern, impl="triton")
+
+
+def test_reasons_for_the_wrong_structure(device, monkeypatch):
+    monkeypatch.setenv("SPARSE_ENGINE_IMPL", "sparse_linear:triton")
+    values, pattern, _ = make(device, Block((4, 4)))
+    with pytest.raises(BackendError, match="blocks of 4 x 4"):
+        sparse_linear(torch.randn(2, 70, device=device), values, pattern)
+
+
+def test_candidates_are_tried_before_the_reference():
+    assert [c.backend for c in registry.candidates("sparse_linear")] == ["cuda", "triton", "cpu", "torch"]
