@@ -270,13 +270,16 @@ void gemv(const float* w, int64_t cols, int64_t row0, int64_t row1, const float*
     }
 }
 
-SE_INLINE Vec load_even(const float* x) {
+// Lanes 0, 2, 4, … of 2·kLanes floats, of which only the first `valid` may be touched.
+SE_INLINE Vec load_even(const float* x, int64_t valid) {
 #if defined(__AVX512F__)
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    return _mm512_permutex2var_ps(load(x), even, load(x + 16));
+    Vec low = load_bits(x, low_bits(std::min<int64_t>(valid, kLanes)));
+    Vec high = valid > kLanes ? load_bits(x + kLanes, low_bits(valid - kLanes)) : zero();
+    return _mm512_permutex2var_ps(low, even, high);
 #else
-    float lanes[kLanes];
-    for (int i = 0; i < kLanes; i++) lanes[i] = x[2 * i];
+    float lanes[kLanes] = {};
+    for (int i = 0; i < kLanes && 2 * i < valid; i++) lanes[i] = x[2 * i];
     return load(lanes);
 #endif
 }
@@ -284,10 +287,22 @@ SE_INLINE Vec load_even(const float* x) {
 template <class F>
 SE_INLINE void into(const float* x, int64_t step, float* y, int64_t n, F f) {
     int64_t i = 0;
-    if (step == 1)
+    if (step == 1) {
         for (; i + kLanes <= n; i += kLanes) store(y + i, f(load(y + i), load(x + i)));
-    if (step == 2)
-        for (; i + kLanes < n; i += kLanes) store(y + i, f(load(y + i), load_even(x + 2 * i)));
+        if (i < n) {
+            uint32_t bits = low_bits(n - i);
+            store_bits(y + i, f(load_bits(y + i, bits), load_bits(x + i, bits)), bits);
+        }
+        return;
+    }
+    if (step == 2) {
+        for (; i < n; i += kLanes) {
+            int64_t lanes = std::min<int64_t>(kLanes, n - i);
+            uint32_t bits = low_bits(lanes);
+            store_bits(y + i, f(load_bits(y + i, bits), load_even(x + 2 * i, 2 * lanes - 1)), bits);
+        }
+        return;
+    }
     for (; i < n; i++) {
         Vec one = f(splat(y[i]), splat(x[i * step]));
         store_bits(y + i, one, 1);
@@ -301,7 +316,10 @@ void copy(const float* x, int64_t step, float* y, int64_t n) {
     }
     int64_t i = 0;
     if (step == 2)
-        for (; i + kLanes < n; i += kLanes) store(y + i, load_even(x + 2 * i));
+        for (; i < n; i += kLanes) {
+            int64_t lanes = std::min<int64_t>(kLanes, n - i);
+            store_bits(y + i, load_even(x + 2 * i, 2 * lanes - 1), low_bits(lanes));
+        }
     for (; i < n; i++) y[i] = x[i * step];
 }
 

@@ -21,7 +21,7 @@ SE_INLINE void axpy(Vec (&acc)[V], Vec w, const float* x) {
 
 #if defined(__AVX512F__)
 template <int V>
-SE_INLINE void four_entries(Vec (&acc)[V], const uint8_t* index, const float* w, const float* x, size_t stride) {
+SE_INLINE void four_entries(Vec (&acc)[V], Vec (&odd)[V], const uint8_t* index, const float* w, const float* x, size_t stride) {
     uint32_t four;
     std::memcpy(&four, index, 4);
     const float* x0 = x + size_t(four & 255) * stride;
@@ -30,19 +30,19 @@ SE_INLINE void four_entries(Vec (&acc)[V], const uint8_t* index, const float* w,
     const float* x3 = x + size_t(four >> 24) * stride;
     Vec quad = _mm512_broadcast_f32x4(_mm_loadu_ps(w));
     axpy(acc, _mm512_permute_ps(quad, 0x00), x0);
-    axpy(acc, _mm512_permute_ps(quad, 0x55), x1);
+    axpy(odd, _mm512_permute_ps(quad, 0x55), x1);
     axpy(acc, _mm512_permute_ps(quad, 0xaa), x2);
-    axpy(acc, _mm512_permute_ps(quad, 0xff), x3);
+    axpy(odd, _mm512_permute_ps(quad, 0xff), x3);
 }
 #else
 template <int V>
-SE_INLINE void four_entries(Vec (&acc)[V], const uint8_t* index, const float* w, const float* x, size_t stride) {
+SE_INLINE void four_entries(Vec (&acc)[V], Vec (&odd)[V], const uint8_t* index, const float* w, const float* x, size_t stride) {
     uint32_t four;
     std::memcpy(&four, index, 4);
     axpy(acc, splat(w[0]), x + size_t(four & 255) * stride);
-    axpy(acc, splat(w[1]), x + size_t((four >> 8) & 255) * stride);
+    axpy(odd, splat(w[1]), x + size_t((four >> 8) & 255) * stride);
     axpy(acc, splat(w[2]), x + size_t((four >> 16) & 255) * stride);
-    axpy(acc, splat(w[3]), x + size_t(four >> 24) * stride);
+    axpy(odd, splat(w[3]), x + size_t(four >> 24) * stride);
 }
 #endif
 
@@ -88,7 +88,17 @@ SE_INLINE void run_of_rows(const SpmmArgs& a, int panels, int groups, const uint
         float* out = a.out + size_t(row) * a.out_stride;
         Vec acc[V];
         begin_row(acc, a, row, out);
-        for (int g = 0; g < groups; g++, index += 4, w += 4) four_entries(acc, index, w, x, stride);
+        if constexpr (V < 4) {
+            // An FMA takes four cycles: fewer than four accumulators need a second set to keep the unit busy.
+            Vec odd[V];
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) odd[v] = zero();
+            for (int g = 0; g < groups; g++, index += 4, w += 4) four_entries(acc, odd, index, w, x, stride);
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) acc[v] = add(acc[v], odd[v]);
+        } else {
+            for (int g = 0; g < groups; g++, index += 4, w += 4) four_entries(acc, acc, index, w, x, stride);
+        }
 #pragma GCC unroll 4
         for (int e = 0; e < Rest; e++) axpy(acc, splat(w[e]), x + size_t(index[e]) * stride);
         index += Rest, w += Rest;

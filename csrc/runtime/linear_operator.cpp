@@ -14,10 +14,11 @@ int log2_of(int panel) { return panel == 8 ? 3 : panel == 4 ? 2 : panel == 2 ? 1
 
 const float* data_or_null(const std::shared_ptr<const std::vector<float>>& v) { return v ? v->data() : nullptr; }
 
-// Vectors [begin, end) of tile i when `total` vectors are cut into `tiles` tiles whose sizes differ by at most one.
+// Cuts `total` vectors into tiles of `wanted` or somewhat more, never above `most`, whose sizes differ by at most one: short tiles leave the FMA units idle.
 struct Tiles {
     int64_t total, count;
-    Tiles(int64_t vectors, int64_t most) : total(vectors), count(std::max<int64_t>(1, ceil_div(vectors, std::max<int64_t>(1, most)))) {}
+    Tiles(int64_t vectors, int64_t wanted, int64_t most)
+        : total(vectors), count(std::max<int64_t>({1, vectors / std::max<int64_t>(1, std::min(wanted, most)), ceil_div(vectors, most)})) {}
     int64_t begin(int64_t i) const { return total * i / count; }
 };
 
@@ -215,9 +216,8 @@ void SpmmNode::run(Context& context) const {
     const KernelTable& k = kernels();
     const PanelMatrix& w = *weight;
     const int lanes = k.lanes, log = log2_of(w.options.panel);
-    const int most = std::min(vectors, k.max_vectors[log]);
     const SpmmKernel* table = w.options.dense ? k.dense[log] : k.sparse[log];
-    Tiles tiles(ceil_div(pixels, lanes), most);
+    Tiles tiles(ceil_div(pixels, lanes), vectors, k.max_vectors[log]);
     if (pixels == 0 || w.rows == 0) return;
     const TileSource tile_source{k, source, context.at(x), x_stride, taps.get(), pixels};
     const float* bias_data = has_bias_ref ? context.at(bias_ref) : data_or_null(bias);
@@ -352,7 +352,7 @@ void SampledNode::run(Context& context) const {
     const TileSource tile_source{k, source, context.at(x), x_stride, taps.get(), pixels};
     const float* gradient = context.at(dy);
     constexpr int kPart = 64, kVectors = 8;
-    Tiles tiles(ceil_div(pixels, lanes), kVectors);
+    Tiles tiles(ceil_div(pixels, lanes), kVectors, kVectors);
     // A fixed number of partial sums, added in a fixed order: the result does not depend on the number of threads.
     int64_t chunks = std::min<int64_t>(tiles.count, 8);
     std::vector<float> partial(size_t(chunks) * nnz, 0.0f);

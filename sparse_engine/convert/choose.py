@@ -29,6 +29,8 @@ from sparse_engine.convert.lower import (
 
 _ROUNDS = 7  # interleaved timings of each candidate
 _TARGET_SECONDS = 0.004  # of one timing: long enough for the clock, short enough for a hundred layers
+# (vectors, part) worth trying by panel: together they set how much of X a tile holds, 16 to 64 KB.
+_TILES = {1: ((4, 128), (2, 256), (4, 192), (6, 128), (3, 256)), 2: ((4, 128), (4, 256), (2, 256)), 4: ((6, 128), (6, 256), (4, 192)), 8: ((2, 256), (3, 256))}
 _WORTH_TIMING = 1.5  # candidates that the cost model puts this far behind the best one are not timed
 
 
@@ -92,12 +94,11 @@ def candidates(problem: LinearProblem, threads: int) -> list[LinearChoice]:
     for panel, cost in costs.items():
         if cost > _WORTH_TIMING * best or best > 1.3 * dense_cost:
             continue
-        most = PANEL_VECTORS[panel]
-        for vectors in sorted({most, max(1, most - 1), 6 if panel == 1 else most, 2 if panel <= 2 else most}):
-            for part in (256, 128) if problem.weight.shape[1] * problem.groups > 128 else (256,):
-                add("sparse", panel, part, vectors)
+        for vectors, part in _TILES[panel]:
+            add("sparse", panel, part, vectors)
     if problem.groups == 1:
-        add("dense", DENSE_PANEL, 256, PANEL_VECTORS[DENSE_PANEL])
+        for panel in (8, 4) if DENSE_PANEL == 8 else (4,):
+            add("dense", panel, 256, PANEL_VECTORS[panel])
         if problem.pixels <= 2 * LANES:
             add("dense", DENSE_PANEL, 256, 1)
     return found

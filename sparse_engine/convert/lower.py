@@ -152,7 +152,8 @@ class LinearProblem:
 _WIDE_PANELS = LANES == 16  # the register file holds 8 rows × 3 vectors
 _PANEL_COST = {1: 1.35, 2: 1.2, 4: 1.05, 8: 1.0} if _WIDE_PANELS else {1: 1.3, 2: 1.15, 4: 1.0}
 DENSE_PANEL = 8 if _WIDE_PANELS else 4
-PANEL_VECTORS = {1: 4, 2: 4, 4: 4 if _WIDE_PANELS else 3, 8: 3 if _WIDE_PANELS else 1}
+# Vectors per tile that keep enough sums in flight (an FMA takes four cycles) and the tile small.
+PANEL_VECTORS = {1: 4, 2: 4, 4: 6 if _WIDE_PANELS else 3, 8: 2 if _WIDE_PANELS else 1}
 
 
 def panel_entries(weight: numpy.ndarray, panel: int) -> int:
@@ -179,7 +180,7 @@ def default_choice(problem: LinearProblem, threads: int = 0) -> LinearChoice:
     )
     panel = DENSE_PANEL if dense else best
     vectors = PANEL_VECTORS[panel]
-    choice = LinearChoice("dense" if dense else "sparse", panel, 256, 0, vectors)
+    choice = LinearChoice("dense" if dense else "sparse", panel, 128 if panel == 1 else 256, 0, vectors)
     choice.row_block = default_row_block(problem, choice, threads)
     return choice
 
