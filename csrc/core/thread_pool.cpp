@@ -25,6 +25,7 @@ struct alignas(64) Job {
     const WorkFunction* body = nullptr;
     int64_t items = 0;
     int max_helpers = 0;
+    int caller_core = -1;
     alignas(64) std::atomic<int64_t> next{0};
     alignas(64) std::atomic<int64_t> unfinished{0};
     std::atomic<int> next_slot{1};
@@ -35,6 +36,28 @@ int available_cores() {
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
     return std::max(1u, std::thread::hardware_concurrency());
+}
+
+int current_core() {
+#ifdef __linux__
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
+
+// On a busy machine the system wakes a worker where its waker runs, and the two then take turns on one core. Such a worker moves away by itself.
+void leave_core(int core) {
+#ifdef __linux__
+    cpu_set_t all, others;
+    if (sched_getaffinity(0, sizeof all, &all) != 0 || CPU_COUNT(&all) < 2) return;
+    others = all;
+    CPU_CLR(core, &others);
+    if (CPU_COUNT(&others) == CPU_COUNT(&all)) return;
+    if (sched_setaffinity(0, sizeof others, &others) == 0) sched_setaffinity(0, sizeof all, &all);
+#else
+    (void)core;
+#endif
 }
 
 class Pool {
@@ -65,6 +88,7 @@ class Pool {
         job.items = items;
         job.unfinished.store(items, std::memory_order_relaxed);
         job.max_helpers = threads - 1;
+        job.caller_core = current_core();
         bool someone_parked;
         {
             std::lock_guard lock(mutex_);
@@ -123,6 +147,7 @@ class Pool {
                 if (job) job->helpers++;
             }
             if (job) {
+                if (job->caller_core >= 0 && current_core() == job->caller_core) leave_core(job->caller_core);
                 drain(*job, job->next_slot.fetch_add(1, std::memory_order_relaxed));
                 std::lock_guard lock(mutex_);
                 job->helpers--;
