@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -343,7 +344,7 @@ class _Run:
                 self.model.train()
                 objective.warm(self.model, source.epoch(0))
             self.model.train()
-        report = prune(
+        report = _prune_quietly(
             self.model,
             sparsity=sparsity,
             structure=Structure.parse(part.structure),
@@ -820,6 +821,13 @@ class _Run:
             f"{stage} {result.epoch + 1}/{phase.epochs}  loss {result.loss:.4f}  train {result.accuracy:.4f}  "
             f"test {tested:.4f}  {row['step_ms']:.1f} ms/step"
         )
+
+
+def _prune_quietly(model: nn.Module, **options: Any) -> PruneReport:
+    """``prune`` without its warning about emptied layers, which a run turns into an error or was told to allow."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return prune(model, **options)
 
 
 class _Replayed:

@@ -143,7 +143,7 @@ def test_sparse_layers_move_like_masked_dense_ones(method):
 
 
 def test_the_masks_rest_after_the_stop():
-    model, optimizer, x, y = problem()
+    model, optimizer, _, _ = problem()
     rewiring = DynamicMask(model, optimizer, total_steps=40, every=5, stop=0.5)
     assert [step for step in range(1, 41) if rewiring.due(step)] == [5, 10, 15]
 

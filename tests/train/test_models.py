@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 
 from sparse_engine.errors import CheckpointError, RecipeError
 from sparse_engine.train.models import MODELS, accepts, build, load_state
-
-
-def torchvision_models():
-    """torchvision's definitions, also where its compiled operators are missing."""
-    try:
-        torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except RuntimeError:
-        pass  # it is there
-    return importlib.import_module("torchvision").models
+from tests.convert.zoo import torchvision_models
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,68 @@
+"""Two gloo processes under torchrun do what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SCRIPT = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+import sparse_engine as se
+from sparse_engine.train import run
+recipe, out, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+result = run(recipe, "digits", out=out, progress=False, **options)
+rank = int(__import__("os").environ.get("RANK", 0))
+torch.save({k: v for k, v in result.model.state_dict().items()}, f"{out}-rank{rank}.pt")
+"""
+
+COMMON = {
+    "model.options": {"hidden": [24, 24]}, "data.limit": 200, "train.epochs": 2, "train.batch_size": 32,
+    "train.learning_rate": 0.05, "convert.enabled": False, "train.sparse_kernels": "never",
+}  # fmt: skip
+
+
+def launch(folder: Path, recipe: str, options: dict, processes: int) -> Path:
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    out = folder / f"{recipe}-{processes}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    starter = [sys.executable]
+    if processes > 1:
+        starter += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [*starter, str(script), recipe, str(out), json.dumps({**COMMON, **options})],
+        env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@pytest.mark.parametrize(
+    "recipe, options",
+    [
+        ("epsd", {"prune.options": {"steps": 1, "mode": "first_order"}, "loss.name": "ps_kd"}),
+        pytest.param("rigl", {"dynamic.every": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_agree_with_each_other_and_with_one(tmp_path, recipe, options):
+    two, one = launch(tmp_path, recipe, options, 2), launch(tmp_path, recipe, options, 1)
+    first, second = (torch.load(f"{two}-rank{rank}.pt") for rank in (0, 1))
+    alone = load_file(one / "model.safetensors")
+    together = load_file(two / "model.safetensors")
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        assert torch.equal(value != 0, alone[name] != 0), name
+        torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=1e-4)
+        assert torch.equal(value, together[name])
+    assert len(json.loads((two / "log.json").read_text())) == 2
