@@ -23,6 +23,8 @@ from sparse_engine.errors import ConvertError, VerificationError
 
 Progress = Callable[[str], None]
 
+_DEFAULT_BOUND = 1e-4
+
 
 def convert(
     model: nn.Module,
@@ -33,7 +35,7 @@ def convert(
     threads: int | None = None,
     tune: bool = True,
     verify: bool = True,
-    bound: float = 1e-4,
+    bound: float = _DEFAULT_BOUND,
     weights: Weights | None = None,
     progress: Progress | None = None,
 ) -> Executable:
@@ -53,8 +55,8 @@ def convert(
             parametrisations. It is not changed. A dense model is converted too; the report says that there is nothing to gain from sparsity.
         example_inputs: a tensor, or a tuple of the model's positional arguments; kernels are timed, and the result is verified, on them. The first
             dimension is the batch size; the executable runs any other as well.
-        device: "cpu".
-        dtype: torch.float32; a model in another floating dtype is converted to it.
+        device: "cpu", or "cuda" for a `sparse_engine.convert.cuda.CudaExecutable` (compiled and interpreted in the tests, not yet run on a GPU).
+        dtype: torch.float32; a model in another floating dtype is converted to it. On a GPU also float16 and bfloat16.
         threads: of the executable's kernels; None uses all cores.
         tune: time the candidate kernels of each layer; otherwise a cost model chooses.
         verify: run model and executable on the example inputs and compare.
