@@ -46,7 +46,8 @@ int current_core() {
 #endif
 }
 
-// On a busy machine the system wakes a worker where its waker runs, and the two then take turns on one core. Such a worker moves away by itself.
+// On a busy machine the system wakes a worker where its waker runs, and the two then take turns on one core. Such a worker moves away by
+// itself.
 void leave_core(int core) {
 #ifdef __linux__
     cpu_set_t all, others;

@@ -164,16 +164,57 @@ void transpose_out(const float* tile, int width, int rows, int n, float* y, size
 }
 
 template <int V>
+SE_INLINE Vec products(const Vec (&g)[V], const float* row) {
+    Vec s = mul(g[0], load(row));
+#pragma GCC unroll 8
+    for (int v = 1; v < V; v++) s = fma(g[v], load(row + v * kLanes), s);
+    return s;
+}
+
+#if defined(__AVX512F__)
+// Per 128-bit lane: the sums of a, b, c, d over that lane.
+SE_INLINE Vec sum_within_lanes(Vec a, Vec b, Vec c, Vec d) {
+    __m512d ab = _mm512_castps_pd(add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    __m512d cd = _mm512_castps_pd(add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+    return add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+}
+SE_INLINE Vec add_lane_pairs(Vec a, Vec b) { return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); }
+#endif
+
+// out[e] += dy · x[col[e]]: V vectors of dy stay in registers. Sixteen dot products are folded together by a transposing tree of additions,
+// three operations each, where a sum across one register would take ten.
+template <int V>
 SE_INLINE void dots_of_row(const float* dy, const int32_t* col, int64_t from, int64_t to, int32_t col0, const float* x, size_t x_stride,
                            float* out) {
     Vec g[V];
+#pragma GCC unroll 8
     for (int v = 0; v < V; v++) g[v] = load(dy + v * kLanes);
-    for (int64_t e = from; e < to; e++) {
-        const float* row = x + size_t(col[e] - col0) * x_stride;
-        Vec s = mul(g[0], load(row));
-        for (int v = 1; v < V; v++) s = fma(g[v], load(row + v * kLanes), s);
-        out[e] += sum(s);
+    int64_t e = from;
+#if defined(__AVX512F__)
+    for (; e < to; e += 16) {
+        int64_t left = to - e;
+        Vec quads[4];
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; q++) {
+            if (4 * q >= left) {
+                quads[q] = zero();
+                continue;
+            }
+            Vec s[4];
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {  // past the end the last column is used again; its sum is not stored
+                int64_t entry = e + std::min<int64_t>(4 * q + i, left - 1);
+                s[i] = products(g, x + size_t(col[entry] - col0) * x_stride);
+            }
+            quads[q] = sum_within_lanes(s[0], s[1], s[2], s[3]);
+        }
+        Vec sums = add_lane_pairs(add_lane_pairs(quads[0], quads[1]), add_lane_pairs(quads[2], quads[3]));
+        uint32_t bits = low_bits(std::min<int64_t>(16, left));
+        store_bits(out + e, add(load_bits(out + e, bits), sums), bits);
     }
+#else
+    for (; e < to; e++) out[e] += sum(products(g, x + size_t(col[e] - col0) * x_stride));
+#endif
 }
 
 void sddmm(int64_t row0, int64_t row1, const int64_t* row_end, int64_t* cursor, const int32_t* col, int32_t col0, int32_t col1,

@@ -56,7 +56,8 @@ int64_t SparseOperator::nbytes() const {
 std::shared_ptr<const PanelMatrix> SparseOperator::forward_matrix() {
     std::lock_guard lock(mutex_);
     if (!forward_) {
-        forward_ = std::make_shared<PanelMatrix>(CsrView{rows, cols, row_ptr_->data(), col_->data()}, values_->data(), PanelOptions{});
+        forward_ = std::make_shared<PanelMatrix>(CsrView{rows, cols, row_ptr_->data(), col_->data()}, values_->data(),
+                                                 PanelOptions{1, 128, 0, false, true});
     } else if (forward_stale_) {
         forward_->set_values(values_->data());
     }
@@ -85,8 +86,8 @@ std::shared_ptr<const PanelMatrix> SparseOperator::transposed_matrix() {
                       [&](int64_t a, int64_t b) { return place_col[a] < place_col[b]; });
         std::vector<int32_t> col(nnz());
         for (int64_t i = 0; i < nnz(); i++) col[i] = static_cast<int32_t>(place_col[transposed_order_[i]]);
-        transposed_ =
-            std::make_shared<PanelMatrix>(CsrView{transposed_rows, transposed_cols, row_ptr.data(), col.data()}, nullptr, PanelOptions{});
+        transposed_ = std::make_shared<PanelMatrix>(CsrView{transposed_rows, transposed_cols, row_ptr.data(), col.data()}, nullptr,
+                                                    PanelOptions{1, 128, 0, false, true});
         transposed_stale_ = true;
     }
     if (transposed_stale_) {

@@ -14,7 +14,8 @@ int log2_of(int panel) { return panel == 8 ? 3 : panel == 4 ? 2 : panel == 2 ? 1
 
 const float* data_or_null(const std::shared_ptr<const std::vector<float>>& v) { return v ? v->data() : nullptr; }
 
-// Cuts `total` vectors into tiles of `wanted` or somewhat more, never above `most`, whose sizes differ by at most one: short tiles leave the FMA units idle.
+// Cuts `total` vectors into tiles of `wanted` or somewhat more, never above `most`, whose sizes differ by at most one: short tiles leave
+// the FMA units idle.
 struct Tiles {
     int64_t total, count;
     Tiles(int64_t vectors, int64_t wanted, int64_t most)
@@ -351,7 +352,7 @@ void SampledNode::run(Context& context) const {
     if (pixels == 0) return;
     const TileSource tile_source{k, source, context.at(x), x_stride, taps.get(), pixels};
     const float* gradient = context.at(dy);
-    constexpr int kPart = 64, kVectors = 8;
+    constexpr int kPart = 256, kVectors = 8;
     Tiles tiles(ceil_div(pixels, lanes), kVectors, kVectors);
     // A fixed number of partial sums, added in a fixed order: the result does not depend on the number of threads.
     int64_t chunks = std::min<int64_t>(tiles.count, 8);

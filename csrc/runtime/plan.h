@@ -82,8 +82,8 @@ class Plan {
 
     // pointers: one per external buffer. Thread-safe: every concurrent call works in an arena of its own.
     void run(float* const* pointers, int threads) const;
-    // Runs the plan `count` times, item i with pointer b moved by i · strides[b] floats. With at least one item per thread each thread runs whole
-    // items by itself: no barriers, and its activations stay in its own cache.
+    // Runs the plan `count` times, item i with pointer b moved by i · strides[b] floats. With at least one item per thread each thread runs
+    // whole items by itself: no barriers, and its activations stay in its own cache.
     void run_many(float* const* pointers, const int64_t* strides, int64_t count, int threads) const;
     // The same as run(), timed: seconds per node.
     std::vector<double> profile(float* const* pointers, int threads) const;
