@@ -72,6 +72,13 @@ def convert(
         VerificationError: the outputs differ by more than the bound; nothing is returned.
         CheckpointError: the weights do not fit the model.
     """
+    if torch.device(device).type == "cuda":
+        from sparse_engine.convert.cuda import convert_cuda
+
+        limit = None if bound == _DEFAULT_BOUND else bound
+        return convert_cuda(  # type: ignore[return-value]
+            model, example_inputs, device=device, dtype=dtype, tune=tune, verify=verify, bound=limit, weights=weights
+        )
     _check_arguments(device, dtype, threads, bound)
     step = progress if progress is not None else (lambda name: None)
     step("preparing the model")
