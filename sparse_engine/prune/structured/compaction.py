@@ -200,25 +200,13 @@ class _Plan:
                         spec.kept[f"{site.path}.bias"] = {0: kept.tolist()}
                         spec.shapes[f"{site.path}.bias"] = [int(axes.sizes[site.contraction.outputs])]
                 corrections[f"{site.path}.bias" if site.contraction.bias is None else site.contraction.bias] = shift
-        fresh = {name: spec.kept.pop(name) for name in [f"{path}.bias" for path in spec.biases] if name in spec.kept}
         owners = tensor_owners(model)
-        dense_bias = {name: getattr(*owners[name][0]).detach().double() for name in corrections if name in owners}
-        added = dict(spec.biases)
-        spec.biases = {}
+        dense = {name: getattr(*owners[name][0]).detach().double() for name in corrections if name in owners}
         spec.apply_(model)
-        spec.kept.update(fresh)
-        spec.biases = added
-        for path in added:
-            weight = model.get_submodule(path).weight
-            model.get_submodule(path).bias = nn.Parameter(  # type: ignore[union-attr]
-                spec.slice(f"{path}.bias", torch.zeros(added[path], dtype=weight.dtype, device=weight.device)),
-                requires_grad=weight.requires_grad,  # type: ignore[arg-type, union-attr, call-overload]
-            )
         owners = tensor_owners(model)
         for name, shift in corrections.items():
             tensor = getattr(*owners[name][0])
-            dense = dense_bias.get(name)
-            total = shift.to(tensor.device) + (dense if dense is not None else 0)
+            total = shift.to(tensor.device) + dense.get(name, 0)
             replace_tensor(owners[name], spec.slice(name, total).to(tensor.dtype))
         return model
 
@@ -359,6 +347,8 @@ class _Site:
         )
         self.connected: NDArray[np.bool_] | None = None
         self.border: NDArray[np.bool_] | None = None
+        # rows whose value is overwritten by a constant right away (batch norm with scale 0) need no inputs
+        self.read = ~_overwritten(contraction, facts, analysis.axes.sizes[contraction.outputs])
         if self.weight is not None:
             self.connected = connections(self.weight, contraction.groups, contraction.transposed).numpy()
             taps = (
@@ -390,7 +380,7 @@ class _Site:
         if self.connected is None or self.border is None:
             allowed = harmless
         else:
-            rows = ~outputs
+            rows = ~outputs & self.read
             allowed = harmless | ~self.connected[rows].any(0)
             if self.pushable:
                 allowed |= self.constant & ~self.border[rows].any(0)
@@ -415,7 +405,7 @@ class _Site:
                 allowed = allowed | (
                     self.constant.reshape(groups, 1, -1) & ~self.border.reshape(groups, -1, self.border.shape[1])
                 )
-        kept = ~removed[contraction.outputs].reshape(groups, -1, 1)
+        kept = (~removed[contraction.outputs] & self.read).reshape(groups, -1, 1)
         bad = columns & (kept & ~allowed).any((0, 1))
         if not bad.any():
             return []
@@ -441,6 +431,23 @@ class _Site:
         kept = torch.from_numpy(~removed[self.contraction.outputs])
         shift = torch.where(kept, shift, torch.zeros((), dtype=torch.float64))
         return shift if bool((shift != 0).any()) else None
+
+
+def _overwritten(contraction: Contraction, facts: dict[fx.Node, Knowledge], size: int) -> NDArray[np.bool_]:
+    """Outputs of a contraction that each of its readers turns into something known."""
+    node = contraction.node
+    dim = 1 if "conv" in operator_name(node) else len(shape_of(node) or ()) - 1
+    out = np.full(size, bool(node.users))
+    own = facts.get(node)
+    if isinstance(own, Partial):  # known itself: what its readers know may be made of it
+        out &= ~own.mask().movedim(dim, 0).reshape(size, -1).any(1).numpy()
+    for user in node.users:
+        fact = facts.get(user)
+        elementwise = operator_name(user) == "batch_norm" or torch.Tag.pointwise in getattr(user.target, "tags", ())
+        if not elementwise or shape_of(user) != shape_of(node) or not isinstance(fact, Partial):
+            return np.zeros(size, dtype=bool)
+        out &= fact.mask().movedim(dim, 0).reshape(size, -1).all(1).numpy()
+    return out
 
 
 def _border_taps(node: fx.Node, given: dict[str, Any]) -> Tensor:

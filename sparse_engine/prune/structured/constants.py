@@ -221,9 +221,10 @@ def _known(node: fx.Node, facts: dict[fx.Node, Knowledge]) -> Knowledge:
     operands = [facts[argument] for argument in node.all_input_nodes]
     if all(fact is None for fact in operands) and operands:
         return None
-    if not isinstance(node.target, torch._ops.OpOverload) or (
-        torch.Tag.nondeterministic_seeded in node.target.tags and name not in _IDENTITIES
-    ):
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    random = torch.Tag.nondeterministic_seeded in node.target.tags
+    if random and name not in _IDENTITIES and name not in _RULES:
         return None
     if name in _IDENTITIES and not arguments(node).get("train", False):
         return _identity(node, facts)

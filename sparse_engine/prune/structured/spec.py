@@ -100,6 +100,14 @@ class CompactionSpec:
         """
         for path in self.identities:
             _set_module(model, path, nn.Identity())
+        modules = dict(model.named_modules())
+        missing = [path for path in (*self.biases, *self.attributes, *self.classes) if path not in modules]
+        if missing:
+            raise PruneError(
+                f"the model has no module {missing[0]!r}, which its compaction spec changes: is it the same model?"
+            )
+        for path, length in self.biases.items():
+            _add_bias(modules[path], length)
         owners = tensor_owners(model)
         for name in self.kept:
             if name not in owners:
@@ -120,13 +128,6 @@ class CompactionSpec:
                 stored = module.__dict__.get("_sparse_engine_masks", {})
                 if attribute in stored:
                     stored[attribute] = self.slice(name, stored[attribute])
-        for path, length in self.biases.items():
-            module = model.get_submodule(path)
-            weight = module.weight
-            kept = len(self.kept.get(f"{path}.bias", {}).get(0, range(length)))
-            module.bias = nn.Parameter(
-                torch.zeros(kept, dtype=weight.dtype, device=weight.device), requires_grad=weight.requires_grad
-            )  # type: ignore[arg-type, union-attr]
         for path, attributes in self.attributes.items():
             module = model.get_submodule(path)
             for key, value in attributes.items():
@@ -209,9 +210,8 @@ def load_compact(path: str | Path, model: nn.Module | Callable[[], nn.Module], *
     spec = CompactionSpec.from_json(metadata[_METADATA_KEY])
     target = model if isinstance(model, nn.Module) else model()
     if dense:
-        for path_, length in spec.biases.items():
-            module = target.get_submodule(path_)
-            module.bias = nn.Parameter(torch.zeros(length, dtype=module.weight.dtype, device=module.weight.device))  # type: ignore[arg-type, union-attr]
+        for place, length in spec.biases.items():
+            _add_bias(target.get_submodule(place), length)
         tensors = {
             name: spec.scatter(name, tensor, 1.0 if name.endswith("running_var") else 0.0)
             for name, tensor in tensors.items()
@@ -366,6 +366,13 @@ def _set_module(model: nn.Module, path: str, new: nn.Module) -> None:
     if name not in owner._modules:
         raise PruneError(f"the model has no module {path!r}, which its compaction spec removes")
     owner._modules[name] = new
+
+
+def _add_bias(module: nn.Module, length: int) -> None:
+    """A bias of zeros for a layer that had none."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    module.bias = nn.Parameter(weight.new_zeros(length), requires_grad=weight.requires_grad)
 
 
 def _silence(module: nn.Module) -> None:

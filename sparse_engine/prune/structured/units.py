@@ -83,12 +83,14 @@ def find_groups(analysis: Analysis, ignore: Sequence[str] = ()) -> list[Group]:
     frozen: dict[int, NDArray[np.bool_]] = {axis: np.full(axes.sizes[axis], axes.sizes[axis] == 1) for axis in roots}
     for axis, index, _ in axes.frozen:
         frozen[axis][slice(None) if index is None else index] = True
+    weights = {contraction.weight: contraction for contraction in analysis.contractions}
     for entry in ignore:
         names = [name for name in analysis.tensors if name == entry or name.startswith(f"{entry}.")]
         if not names:
             raise PruneError(f"ignore={entry!r} names no tensor or module of the model")
         for name in names:
-            for axis in analysis.tensor_axes(name):
+            made = weights.get(name)  # of a weight the outputs stay; its inputs are another layer's channels
+            for axis in analysis.tensor_axes(name) if made is None else [made.outputs]:
                 frozen[axis][:] = True
     whole = {contraction.group_axis for contraction in analysis.contractions} | analysis.attention
     grids = [constraint for constraint in axes.constraints if isinstance(constraint, Grid)]

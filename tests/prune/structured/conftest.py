@@ -47,7 +47,9 @@ class Shuffle(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         half = channels // 2
-        self.branch = nn.Sequential(conv_bn(half, half, 1), nn.Conv2d(half, half, 3, 1, 1, groups=half), conv_bn(half, half, 1))
+        self.branch = nn.Sequential(
+            conv_bn(half, half, 1), nn.Conv2d(half, half, 3, 1, 1, groups=half), conv_bn(half, half, 1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = x.chunk(2, 1)

@@ -19,12 +19,14 @@ def run(program: Program, inputs: list[Tensor]) -> dict[fx.Node, object]:
     with torch.no_grad():
         for node in program.nodes:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-            args = [a.clone() if isinstance(a, Tensor) else a for a in args]  # in-place operators must not reach the model
+            args = [
+                a.clone() if isinstance(a, Tensor) else a for a in args
+            ]  # in-place operators must not reach the model
             values[node] = node.target(*args, **kwargs)
     return values
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_every_claim_holds(seed: int):
     torch.manual_seed(seed)
     model = zero_rows_(randomise_(EveryOperator()), 0.5, seed).double()
@@ -42,7 +44,9 @@ def test_every_claim_holds(seed: int):
                 continue
             actual, known = values[node], fact.mask()
             assert fact.value.shape == actual.shape, node
-            torch.testing.assert_close(fact.value[known].double(), actual[known].double(), rtol=1e-9, atol=1e-12, msg=f"{node}")
+            torch.testing.assert_close(
+                fact.value[known].double(), actual[known].double(), rtol=1e-9, atol=1e-12, msg=f"{node}"
+            )
             claims += node not in program.state and fact.known is not None
     assert claims > 40  # partial knowledge is what is tested here
 
