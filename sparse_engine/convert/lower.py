@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparse_engine import _C
 from sparse_engine.convert.graph import Dim, Graph, Node, shape_at, shape_from_json
+from sparse_engine.convert.independence import samples_are_independent
 from sparse_engine.errors import ConvertError
 
 LANES = _C.cpu_info()["lanes"]
@@ -45,11 +46,14 @@ def compile(graph: Graph, batch: int, threads: int | None = None, choices: Any =
     Raises:
         ConvertError: the graph computes in another dtype than float32.
     """
-    share = _share(graph, batch, choices, threads or _C.get_num_threads())
-    plan = _Lowering(graph, share, choices).finish(threads or 0)
+    cores = threads or _C.get_num_threads()
+    share = _share(graph, batch, choices, cores)
+    count = batch // share if share else 1
+    # Several passes run one per thread, a single one on all threads.
+    plan = _Lowering(graph, share, choices, 1 if count >= cores else cores).finish(threads or 0)
     if share == batch:
         return plan
-    rest = _Lowering(graph, batch % share, choices).finish(threads or 0) if batch % share else None
+    rest = _Lowering(graph, batch % share, choices, cores).finish(threads or 0) if batch % share else None
     return SplitPlan(plan, rest, batch // share, share, [shape_at(graph.values[name].shape, batch) for name in graph.outputs])
 
 
@@ -73,7 +77,7 @@ def _splits(graph: Graph) -> bool:
         shape = graph.values[name].shape
         if not shape or shape[0] != Dim(1, 0) or any(isinstance(size, Dim) for size in shape[1:]) or graph.values[name].dtype != "float32":
             return False
-    return all(node.op != "fallback" for node in graph.nodes)
+    return samples_are_independent(graph)
 
 
 @dataclass
@@ -382,11 +386,23 @@ class _Step:
     emit: Callable[[Any], None]
     reads: list[_Place] = field(default_factory=list)
     writes: list[_Place] = field(default_factory=list)
+    problem: LinearProblem | None = None  # of a panel kernel, which can be part of a chain
+    choice: LinearChoice | None = None
+    pointwise: list[_Place] = field(default_factory=list)  # read at the pixel that is written, and nowhere else
+
+
+@dataclass
+class _Chain:
+    """Consecutive steps whose tiles run one after another; they count as one moment in time for the memory plan."""
+
+    steps: list[_Step]
+    vectors: int = 0
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, batch: int, choices: Any) -> None:
+    def __init__(self, graph: Graph, batch: int, choices: Any, threads: int = 0) -> None:
         self.graph = graph
+        self.threads = threads or _C.get_num_threads()
         self.batch = batch
         self.choices = choices
         self.steps: list[_Step] = []
@@ -492,8 +508,13 @@ class _Lowering:
         self.emit_steps()
         floats = [math.prod(self.shape(name)) for name in graph.inputs + graph.outputs] + [self.constant_floats]
         plan = _C.Plan(self.arena, [max(1, n) for n in floats])
-        for step in self.steps:
-            step.emit(plan)
+        for chain in self.chains:
+            if len(chain.steps) > 1:
+                plan.begin_chain()
+            for step in chain.steps:
+                step.emit(plan)
+            if len(chain.steps) > 1:
+                plan.end_chain(chain.vectors)
         constants = numpy.concatenate(self.constants) if self.constants else numpy.zeros(1, dtype=numpy.float32)
         shapes = [self.shape(name) for name in graph.outputs]
         return NativePlan(plan, list(graph.inputs), list(graph.outputs), shapes, set(self.foreign), constants, threads, self.state)
@@ -519,14 +540,53 @@ class _Lowering:
             target = _Place(_Storage(max(1, math.prod(sizes)), buffer), 0, sizes, tuple(_contiguous_strides(sizes)))
             if math.prod(sizes):
                 self.copy(source, target, f"output.{name}")
+        self.chains = self._make_chains()
         self.arena = self._memory_plan()
+
+    def _make_chains(self) -> list[_Chain]:
+        """Join linear operators over the same pixels that read what their chain wrote only at their own pixel.
+
+        A tile then passes through all of them while it is in the cache. Worth it only where the tiles alone keep all threads busy.
+        """
+        chains: list[_Chain] = []
+        for step in self.steps:
+            if chains and self._joins(chains[-1], step):
+                chains[-1].steps.append(step)
+                chains[-1].vectors = min(chains[-1].vectors, self._chain_vectors(step))
+            else:
+                chains.append(_Chain([step], self._chain_vectors(step)))
+        return chains
+
+    def _chain_vectors(self, step: _Step) -> int:
+        """Vectors per tile for a step in a chain, 0 where it cannot be in one."""
+        if step.problem is None or step.choice is None or step.choice.row_block:
+            return 0
+        vectors = step.choice.vectors
+        groups = -(-step.problem.pixels // LANES)
+        while vectors > 2 and self.threads > 1 and groups // vectors < 3 * self.threads:
+            vectors -= 1
+        return vectors if self.threads == 1 or groups // vectors >= 3 * self.threads else 0
+
+    def _joins(self, chain: _Chain, step: _Step) -> bool:
+        first = chain.steps[0]
+        if not chain.vectors or not self._chain_vectors(step) or first.problem.pixels != step.problem.pixels:
+            return False
+        written = [place.storage.root()[0] for other in chain.steps for place in other.writes]
+        inside = [place.storage.root()[0] for place in step.pointwise]
+        for place in step.reads:
+            root = place.storage.root()[0]
+            if any(root is other for other in written) and not any(root is other for other in inside):
+                return False
+        # A workspace is filled before the chain starts, so its source must be complete by then: reads of this step that are not pointwise were checked above.
+        return True
 
     def _memory_plan(self) -> int:
         """Offsets for all storages: the largest first, each at the lowest place that is free during its lifetime."""
-        for index, step in enumerate(self.steps):
-            for place in (*step.reads, *step.writes):
-                root = place.storage.root()[0]
-                root.first, root.last = min(root.first, index), max(root.last, index)
+        for index, chain in enumerate(self.chains):
+            for step in chain.steps:
+                for place in (*step.reads, *step.writes):
+                    root = place.storage.root()[0]
+                    root.first, root.last = min(root.first, index), max(root.last, index)
         roots = {
             id(root): root
             for step in self.steps
@@ -647,11 +707,15 @@ class _Lowering:
 
         reads = [x] + ([residual] if residual is not None else [])
         self.step(emit, reads, [out] + ([workspace] if workspace else []))
+        if choice.kernel in ("sparse", "dense"):
+            step = self.steps[-1]
+            step.problem, step.choice = problem, choice
+            step.pointwise = ([x] if problem.pointwise else []) + ([residual] if residual is not None else [])
         self.places[node.output] = out
 
     def _choice(self, problem: LinearProblem) -> LinearChoice:
-        choice = _lookup(self.choices, problem)
-        return default_choice(problem) if choice is None else choice
+        choice = _lookup(self.choices, problem, self.threads)
+        return default_choice(problem, self.threads) if choice is None else choice
 
     # -- elementwise
 
@@ -998,7 +1062,7 @@ def _plan_concats(graph: Graph) -> dict[str, tuple[str, list[str]]]:
     return hosts
 
 
-def _lookup(choices: Any, problem: LinearProblem) -> LinearChoice | None:
+def _lookup(choices: Any, problem: LinearProblem, threads: int) -> LinearChoice | None:
     """The recorded choice for a node, or None where there is none that applies."""
     entry = choices.get(problem.name) if choices else None
     if not entry or "choice" not in entry:
@@ -1007,8 +1071,8 @@ def _lookup(choices: Any, problem: LinearProblem) -> LinearChoice | None:
     # A choice made at another batch size may not exist at this one.
     if (choice.kernel == "vector") != problem.vector or (choice.kernel == "depthwise") != problem.depthwise or (choice.kernel == "dense" and problem.groups != 1):
         return None
-    if choice.kernel in ("sparse", "dense") and entry.get("pixels") != problem.pixels:
-        choice.row_block = default_row_block(problem, choice)
+    if choice.kernel in ("sparse", "dense") and (entry.get("pixels") != problem.pixels or threads == 1):
+        choice.row_block = default_row_block(problem, choice, threads)
     return choice
 
 

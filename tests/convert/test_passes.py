@@ -298,6 +298,20 @@ def test_neutral_and_repeated_nodes_disappear() -> None:
     assert ops(graph) == {"unary": 1, "concat": 1, "slice": 1}
 
 
+def test_rows_are_not_merged_and_split_around_a_linear_layer() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = x.transpose(0, 1).reshape(-1, 6)
+            return self.linear(rows).view(4, x.shape[0], 5).transpose(0, 1)
+
+    graph = check(Model(), 2, 4, 6)
+    assert [node.op for node in graph.nodes] == ["permute", "linear", "permute"]
+
+
 # ---- dead channels
 
 

@@ -39,7 +39,11 @@ def test_models(case: Case) -> None:
     _check(case)
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [*SMALL[3:], *(pytest.param(case, marks=pytest.mark.slow) for case in SMALL[:3])],
+    ids=lambda case: case.name,
+)
 def test_passes_are_exact(case: Case) -> None:
     """In double precision the optimised graph differs from the captured one by rounding only, dead channels included."""
     model = build(case)

@@ -62,8 +62,8 @@ SMALL = [
     ),
     Case(
         "tiny_swin",
-        lambda models: models.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=10),
-        48,
+        lambda models: models.SwinTransformer([4, 4], 16, [2], [2], [3, 3], num_classes=10),
+        20,
     ),
     Case(
         "tiny_densenet",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from sparse_engine.convert.graph import Dim, Graph, Node
+from sparse_engine.convert.graph import Dim, Graph, Node, Value, size_to_json
 from sparse_engine.convert.passes.editing import Editor
 from sparse_engine.convert.reference import evaluate
 
@@ -24,6 +24,9 @@ def simplify(graph: Graph) -> int:
                 node.inputs = list(before.inputs)
                 editor.uses[node.inputs[0]] += 1
                 count += 1
+        if node.op == "reshape" and _lift_over_linear(editor, node):
+            count += 1
+            continue
         if _is_neutral(graph, node):
             editor.forward(node)
             count += 1
@@ -72,6 +75,23 @@ def _merge_slice(editor: Editor, before: Node, node: Node) -> bool:
     start = inner["start"] + outer["start"] * inner["step"]
     stop = min(inner["start"] + outer["stop"] * inner["step"], inner["stop"], size)
     node.attrs = {"dim": inner["dim"], "start": min(start, stop), "stop": stop, "step": step}
+    return True
+
+
+def _lift_over_linear(editor: Editor, node: Node) -> bool:
+    """reshape(linear(reshape(x))) = linear(reshape(x)) where the second reshape only splits or merges rows."""
+    graph = editor.graph
+    linear = editor.source(node.inputs[0], "linear")
+    first = None if linear is None else editor.source(linear.inputs[0], "reshape")
+    if linear is None or first is None or len(linear.inputs) > 1:
+        return False
+    out, rows = graph.values[node.output], graph.values[linear.output]
+    if len(out.shape) < 2 or out.shape[-1] != rows.shape[-1]:
+        return False
+    before = Value((*out.shape[:-1], graph.values[first.output].shape[-1]), out.dtype)
+    graph.values[first.output] = before
+    first.attrs["shape"] = [size_to_json(size) for size in before.shape]
+    editor.take_over(linear, node)
     return True
 
 
