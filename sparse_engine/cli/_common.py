@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -164,7 +165,9 @@ def plain(value: Any) -> Any:
 def _reporting_errors(*, debug: bool, as_json: bool) -> Iterator[None]:
     previous = _end_on_sigterm()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
     except (typer.Exit, typer.Abort):
         raise
     except KeyboardInterrupt:
@@ -182,6 +185,12 @@ def _reporting_errors(*, debug: bool, as_json: bool) -> Iterator[None]:
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """A warning as one line without the source code that Python shows; deprecations are for programmers."""
+    if not issubclass(category, DeprecationWarning | PendingDeprecationWarning | FutureWarning):
+        messages().print(f"[yellow]note:[/yellow] {escape(str(message))}", soft_wrap=True)
 
 
 def _print_error(error: Exception, as_json: bool) -> None:

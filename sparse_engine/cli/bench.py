@@ -22,7 +22,7 @@ from sparse_engine.cli._common import (
 from sparse_engine.cli._models import ArgOption, CheckpointOption, ModelOption, ShapeOption, build_model, example_inputs
 from sparse_engine.cli._tables import milliseconds
 from sparse_engine.cli.run import random_inputs
-from sparse_engine.report.environment import machine_line
+from sparse_engine.report.environment import busy_warning, machine_line
 from sparse_engine.report.measure import profile_spans
 from sparse_engine.report.trace import write_trace
 
@@ -58,7 +58,7 @@ def bench(
         raise UsageError("give an executable (.spx), or --model to convert one for the measurement")
     if trace is not None:
         check_writable(trace)
-    batches = batch or [1]
+    batches, busy = batch or [1], busy_warning()
     results = []
     with steps(as_json) as step:
         network = None
@@ -80,10 +80,13 @@ def bench(
             write_trace(trace, spans, title=f"{file or model}, batch {batches[0]}")
     if not as_json:
         _print(results)
+        if busy:
+            console().print(f"[yellow]{escape(busy)}[/yellow]")
         if trace is not None:
             console().print(f"Wrote [bold]{escape(str(trace))}[/bold]; open it at ui.perfetto.dev or chrome://tracing.")
     return {
         "machine": machine_line(),
+        "warning": busy or None,
         "results": [result.to_json() for result in results],
         "trace": None if trace is None else str(trace),
     }

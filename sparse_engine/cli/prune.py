@@ -51,6 +51,7 @@ def prune(
         list[str] | None,
         typer.Option(help='A layer to leave dense, or "re:PATTERN"; repeatable.', show_default=False),
     ] = None,
+    keep_one: Annotated[bool, typer.Option("--keep-one", help="Never take the last weight of a layer.")] = False,
     data: Annotated[
         str | None,
         typer.Option(help="Data for criteria that need some: a folder, or digits.", show_default=False),
@@ -87,6 +88,7 @@ def prune(
                 distribution=distribution,
                 ignore=ignore or (),
                 data=batches,
+                keep_one=keep_one,
                 seed=seed,
             )
         except PruneError as error:
@@ -121,7 +123,5 @@ def _print(report: Any) -> None:
         layers.add_row(escape(layer.name), shape, f"{layer.kept:,}", f"{layer.total:,}", f"{layer.sparsity:.2%}")
     screen.print(layers)
     screen.print(f"{report.kept:,} of {report.total:,} weights kept ({report.sparsity:.2%} sparsity).")
-    if report.collapsed:
-        screen.print(f"[yellow]Nothing is left in {escape(', '.join(report.collapsed))}.[/yellow]")
     for note in report.notes:
         screen.print(escape(note))

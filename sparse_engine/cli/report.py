@@ -26,7 +26,7 @@ from sparse_engine.cli._common import (
 from sparse_engine.cli.run import random_inputs
 from sparse_engine.errors import FileFormatError
 from sparse_engine.io import atomic_write_text, is_spx
-from sparse_engine.report.environment import machine_line
+from sparse_engine.report.environment import busy_warning, machine_line
 from sparse_engine.report.measure import measure_ceilings, measure_layers
 from sparse_engine.report.page import PageData, render_page
 from sparse_engine.report.sparsity import sparsity_of_file
@@ -64,6 +64,7 @@ def report(
     data = PageData(
         title=source.resolve().name,
         machine=machine_line(),
+        warning=busy_warning() if measure else "",
         command=shlex.join(["sparse-engine", *sys.argv[1:]]),
         date=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )

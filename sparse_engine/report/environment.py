@@ -138,6 +138,16 @@ def machine_line() -> str:
     )
 
 
+def busy_warning() -> str:
+    """A sentence when other processes keep this machine busy, so that times measured now mean little; else ""."""
+    if not hasattr(os, "getloadavg"):
+        return ""
+    load, cpus = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= max(0.5, 0.25 * cpus):
+        return ""
+    return f"Other work kept this machine busy (load {load:.1f} on {cpus} CPUs): the times are not to be relied on."
+
+
 def package_version() -> str:
     """The version of sparse_engine."""
     import sparse_engine

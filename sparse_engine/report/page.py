@@ -19,6 +19,7 @@ class PageData:
     Attributes:
         title: what the page is about, usually a file name.
         machine: one line: processor, threads, versions.
+        warning: what makes the figures doubtful, if anything.
         command: what makes the page again.
         date: when it was made.
         report: `sparse_engine.convert.Report.to_json()`.
@@ -34,6 +35,7 @@ class PageData:
 
     title: str
     machine: str = ""
+    warning: str = ""
     command: str = ""
     date: str = ""
     report: Mapping[str, Any] | None = None
@@ -76,6 +78,7 @@ def render_page(data: PageData) -> str:
         _notes(data),
     ]
     body = "\n".join(section for section in sections if section)
+    busy = f"<p class=warning>{_escape(data.warning)}</p>" if data.warning else ""
     facts = " · ".join(_escape(text) for text in (data.machine, data.date) if text)
     command = f"<p class=command>Made by <code>{_escape(data.command)}</code></p>" if data.command else ""
     return (
@@ -83,7 +86,7 @@ def render_page(data: PageData) -> str:
         f'<html lang="en"><head><meta charset="utf-8"><title>{_escape(data.title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE}</style></head>\n<body><main>"
-        f"<header><h1>{_escape(data.title)}</h1><p class=facts>{facts}</p></header>\n"
+        f"<header><h1>{_escape(data.title)}</h1><p class=facts>{facts}</p>{busy}</header>\n"
         f"{body}\n<footer>{command}</footer></main><script>{_SCRIPT}</script></body></html>\n"
     )
 
@@ -170,6 +173,8 @@ def _times(data: PageData) -> str:
         f"{_ms(dense)} ms when PyTorch runs the same optimised graph node by node. "
         "Single nodes are timed, so the sums differ from the latency above."
     )
+    if len(data.layers) > plots.BARS:
+        note += f" Shown are the {plots.BARS} slowest of {len(data.layers)} layers."
     return _section("Where the time goes", plots.plot_times(data.layers), note)
 
 
@@ -331,10 +336,11 @@ _STYLE = """
 *{box-sizing:border-box}
 body{margin:0;background:#f5f6f8;color:var(--ink);
  font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
-main{max-width:1060px;margin:0 auto;padding:28px 20px 48px}
+main{max-width:1240px;margin:0 auto;padding:28px 20px 48px}
 h1{font-size:26px;margin:0;overflow-wrap:anywhere}
 h2{font-size:17px;margin:0 0 12px}
 .facts{color:var(--soft);margin:4px 0 20px;font-size:13px}
+.warning{background:#fdf3e3;border:1px solid #ecd3a7;border-radius:8px;padding:8px 14px;margin:0 0 16px;font-size:14px}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin-bottom:16px}
 .card,section{background:#fff;border:1px solid var(--line);border-radius:8px}
 .card{padding:14px 16px}
@@ -342,7 +348,7 @@ h2{font-size:17px;margin:0 0 12px}
 .card span,.card small{display:block}
 .card small{color:var(--soft)}
 section{padding:18px 20px;margin-bottom:16px}
-section svg{display:block;width:100%;max-width:900px;height:auto;margin:0 auto}
+section svg{display:block;width:100%;max-width:940px;height:auto;margin:0 auto}
 .note{color:var(--soft);font-size:13px;margin:10px 0 0}
 .scroll{overflow-x:auto;margin-top:8px}
 table{border-collapse:collapse;width:100%;font-size:13px}
@@ -350,7 +356,9 @@ th{text-align:left;cursor:pointer;white-space:nowrap;border-bottom:2px solid var
  user-select:none}
 th:hover{color:var(--accent)}
 td{border-bottom:1px solid var(--line);padding:4px 10px 4px 0;vertical-align:top}
+td:last-child{min-width:130px}
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+td.number:last-child{min-width:0}
 tbody tr:hover{background:#f2f7fa}
 footer{color:var(--soft);font-size:13px}
 code{background:#e9edf0;border-radius:4px;padding:1px 5px}

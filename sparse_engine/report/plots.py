@@ -33,8 +33,8 @@ _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sparse_engine",
 }
-_BARS = 40
-"""Layers that a bar plot shows one by one; the rest is summed up."""
+BARS = 40
+"""Layers that the plot of times shows: the slowest ones."""
 
 
 P = ParamSpec("P")
@@ -61,19 +61,13 @@ def _styled(plot: Callable[P, str]) -> Callable[P, str]:
 def plot_times(layers: Sequence[LayerTime]) -> str:
     """Milliseconds of each layer, dense behind and sparse in front; the slowest layers when there are many."""
     timed = [layer for layer in layers if max(layer.ms, layer.dense_ms) > 0]
-    shown = sorted(timed, key=lambda layer: -max(layer.ms, layer.dense_ms))[:_BARS]
+    shown = sorted(timed, key=lambda layer: -max(layer.ms, layer.dense_ms))[:BARS]
     chosen = [layer for layer in timed if layer in shown]
     names = [_shorten(layer.name) for layer in chosen]
-    sparse, dense = [layer.ms for layer in chosen], [layer.dense_ms for layer in chosen]
-    if len(timed) > len(chosen):
-        rest = [layer for layer in timed if layer not in shown]
-        names.append(f"{len(rest)} other layers")
-        sparse.append(sum(layer.ms for layer in rest))
-        dense.append(sum(layer.dense_ms for layer in rest))
     figure, axes = _bars_figure(len(names))
     rows = range(len(names))
-    axes.barh(rows, dense, height=0.78, color=DENSE, label="dense, PyTorch")
-    axes.barh(rows, sparse, height=0.42, color=SPARSE, label="executable")
+    axes.barh(rows, [layer.dense_ms for layer in chosen], height=0.78, color=DENSE, label="dense, PyTorch")
+    axes.barh(rows, [layer.ms for layer in chosen], height=0.42, color=SPARSE, label="executable")
     axes.set_yticks(list(rows), names, fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel("milliseconds per call")
@@ -171,7 +165,14 @@ def plot_latency(results: Sequence[Mapping[str, Any]]) -> str:
         axes.bar(at, middle, width=0.38, color=colour, label=label)
         axes.errorbar(at, middle, yerr=[below, above], fmt="none", ecolor=INK, elinewidth=0.8, capsize=2)
         for x, value in zip(at, middle, strict=True):
-            axes.annotate(f"{value:.3g}", (x, value), xytext=(8, 2), textcoords="offset points", fontsize=8, ha="left")
+            axes.annotate(
+                f"{value:,.0f}" if value >= 100 else f"{value:.3g}",
+                (x, value),
+                xytext=(8, 2),
+                textcoords="offset points",
+                fontsize=8,
+                ha="left",
+            )
     # One interrupted call must not squeeze the bars: whiskers may leave the picture.
     tallest = max(result[key]["p50"] / result["batch"] for result in results for key in ("dense", "executable"))
     axes.set_ylim(0, 1.5 * tallest)

@@ -106,3 +106,13 @@ def test_container_limits_are_found(monkeypatch, tmp_path):
     threads = module._threads()
     assert threads["available"] == 2
     assert threads["limits"] == ["affinity 8", "container quota 1.50"]
+
+
+@pytest.mark.parametrize(("load", "busy"), [(0.2, False), (7.5, True)])
+def test_a_busy_machine_is_told(monkeypatch, load, busy):
+    import sys
+
+    module = sys.modules["sparse_engine.report.environment"]
+    monkeypatch.setattr(module.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 2)
+    assert ("load 7.5 on 2 CPUs" in module.busy_warning()) == busy
