@@ -11,8 +11,9 @@ from sparse_engine.errors import SparseEngineError
 
 
 class InfoBatchOrder:
-    """Each epoch leaves out a random share ``ratio`` of the samples whose last loss was below the mean, and weighs those of
-    them that stay by ``1 / (1 − ratio)``: the expected gradient is that of the full data (InfoBatch, arXiv 2303.04947).
+    """Each epoch leaves out a random share ``ratio`` of the samples whose last loss was below the mean, and weighs
+    those of them that stay by ``1 / (1 − ratio)``: the expected gradient is that of the full data (InfoBatch, arXiv
+    2303.04947).
 
     Example::
 
@@ -20,8 +21,8 @@ class InfoBatchOrder:
         source = BatchSource(train, batch_size=128, order=order)        # or use it as a torch sampler, see below
         order.observe(batch.indices, per_sample_losses)
 
-    ``order(epoch, generator)`` returns the positions and their weights. With a plain ``torch.utils.data.DataLoader`` pass
-    ``order.as_sampler()`` as its ``sampler`` and look the weights up with ``order.weights[indices]``.
+    ``order(epoch, generator)`` returns the positions and their weights. With a plain ``torch.utils.data.DataLoader``
+    pass ``order.as_sampler()`` as its ``sampler`` and look the weights up with ``order.weights[indices]``.
 
     Args:
         size: N.

@@ -150,7 +150,8 @@ class ForgettingTracker:
 def herding(features: Tensor, labels: Tensor) -> Tensor:
     """Order by herding: each class's samples, greedily chosen so that the mean of the chosen follows the class mean.
 
-    The score is larger for samples chosen *earlier* (``select(keep="hard")`` keeps them), from 1 down within each class.
+    The score is larger for samples chosen *earlier* (``select(keep="hard")`` keeps them), from 1 down within each
+    class.
 
     Source: Welling 2009.
     """

@@ -38,9 +38,13 @@ def select(
     n = len(scores)
     total = round(fraction * n)
     if not 0 <= fraction <= 1 or total < 1:
-        raise SparseEngineError(f"fraction {fraction} of {n} samples keeps {total}; it has to keep at least 1 and at most all")
+        raise SparseEngineError(
+            f"fraction {fraction} of {n} samples keeps {total}; it has to keep at least 1 and at most all"
+        )
     if torch.isnan(scores.float()).any():
-        raise SparseEngineError(f"{int(torch.isnan(scores.float()).sum())} of {n} scores are NaN; every sample needs one")
+        raise SparseEngineError(
+            f"{int(torch.isnan(scores.float()).sum())} of {n} scores are NaN; every sample needs one"
+        )
     if keep not in ("hard", "easy", "random"):
         raise SparseEngineError(f"keep is {keep!r}; it has to be 'hard', 'easy' or 'random'")
     if keep == "random":
@@ -50,7 +54,9 @@ def select(
     if not balance:
         return torch.sort(torch.sort(key, descending=True, stable=True).indices[:total]).values
     if labels is None or len(labels) != n:
-        raise SparseEngineError("balance=True needs labels of the same length as the scores; pass them or balance=False")
+        raise SparseEngineError(
+            "balance=True needs labels of the same length as the scores; pass them or balance=False"
+        )
     classes, counts = labels.unique(return_counts=True)
     ideal = counts.double() * total / n
     quota = ideal.floor().long()
@@ -66,9 +72,9 @@ def select(
 def default_alpha(fraction: float) -> float:
     """The share of the teacher in the loss when nothing better is known: ``clip(1 − f, 0.1, 0.95)``.
 
-    The paper (arXiv 2403.07854) gives no closed form, only that the best α is near 1 at f ≈ 0.1 and small near f = 1; this
-    line has that shape. What was measured on small data stands in docs/reproduction.md; a grid on a validation split is
-    better than either.
+    The paper (arXiv 2403.07854) gives no closed form, only that the best α is near 1 at f ≈ 0.1 and small near f = 1;
+    this line has that shape. What was measured on small data stands in docs/reproduction.md; a grid on a validation
+    split is better than either.
 
     Example::
 

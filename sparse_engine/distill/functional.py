@@ -312,7 +312,8 @@ def _checked(
     ):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ShapeError(
-                f"{name} has shape {tuple(tensor.shape)}, but logits {tuple(logits.shape)} ask for {shape} (classes last)"
+                f"{name} has shape {tuple(tensor.shape)}, but logits {tuple(logits.shape)} ask for {shape} "
+                "(classes last)"
             )
     if targets is not None and (targets.is_floating_point() or targets.dtype == torch.bool):
         raise ShapeError(f"targets are {targets.dtype}; labels have to be integers (probabilities go to soft_targets)")

@@ -225,7 +225,8 @@ class ProgressiveSelfDistillation(Objective):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["table"].shape != self.table.shape:
             raise SparseEngineError(
-                f"the saved prediction table is {tuple(state['table'].shape)}, this data set asks for {tuple(self.table.shape)}"
+                f"the saved prediction table is {tuple(state['table'].shape)}, this data set asks for "
+                f"{tuple(self.table.shape)}"
             )
         self.table = state["table"].to(self.table).clone()
         self.current = state["current"]

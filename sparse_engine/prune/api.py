@@ -143,7 +143,8 @@ def _checked_sparsity(sparsity: float | None, structure: Structure, weights: Map
             and abs(sparsity - (1 - structure.n / structure.m)) > 1e-6
         ):
             raise PruneError(
-                f"{structure} removes {1 - structure.n / structure.m:.4f} of the weights, but sparsity={sparsity}; drop sparsity= or choose another N:M"
+                f"{structure} removes {1 - structure.n / structure.m:.4f} of the weights, but "
+                f"sparsity={sparsity}; drop sparsity= or choose another N:M"
             )
         if isinstance(structure, FanIn) and sparsity is not None and abs(sparsity - implied) > 1e-6:
             raise PruneError(

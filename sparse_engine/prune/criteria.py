@@ -190,7 +190,8 @@ class SynFlow(Criterion):
         if shape is None:
             if evidence.data is None:
                 raise PruneError(
-                    "criterion 'synflow' needs the shape of an input: pass data= (its values are not used) or SynFlow(input_shape=(3, 32, 32))"
+                    "criterion 'synflow' needs the shape of an input: pass data= (its values are not used) or "
+                    "SynFlow(input_shape=(3, 32, 32))"
                 )
             shape = tuple(evidence.batches(1, self.name)[0].inputs.shape[1:])
         device = next(iter(weights.values())).device

@@ -102,8 +102,10 @@ def _custom(sizes: Mapping[str, int], total: int, given: Mapping[str, float]) ->
         return {name: counts[name] for name in sizes}
     if not 0 <= budget <= sum(rest.values()):
         raise PruneError(
-            f"distribution keeps {sum(counts.values())} weights in the layers it names, but the whole model may keep {total}: "
-            f"{len(rest)} other layers of {sum(rest.values())} weights would have to keep {budget}; change sparsity or the map"
+            f"distribution keeps {sum(counts.values())} weights in the layers it names, but the whole model "
+            f"may keep {total}: "
+            f"{len(rest)} other layers of {sum(rest.values())} weights would have to keep {budget}; change "
+            "sparsity or the map"
         )
     counts.update(_apportion(rest, dict.fromkeys(rest, 1.0), budget))
     return {name: counts[name] for name in sizes}

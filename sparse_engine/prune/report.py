@@ -87,11 +87,13 @@ class PruneReport:
         width = max((len(layer.name) for layer in self.layers), default=5)
         lines = [f"{'layer':<{width}}  {'shape':<20} {'kept':>10} {'of':>10}  sparsity"]
         lines += [
-            f"{layer.name:<{width}}  {'×'.join(map(str, layer.shape)):<20} {layer.kept:>10} {layer.total:>10}  {layer.sparsity:8.4%}"
+            f"{layer.name:<{width}}  {'×'.join(map(str, layer.shape)):<20} {layer.kept:>10} {layer.total:>10}  "
+            f"{layer.sparsity:8.4%}"
             for layer in self.layers
         ]
         lines.append(
-            f"{'total':<{width}}  {self.structure:<20} {self.kept:>10} {self.total:>10}  {self.sparsity:8.4%}  (+ {self.other} parameters never pruned)"
+            f"{'total':<{width}}  {self.structure:<20} {self.kept:>10} {self.total:>10}  {self.sparsity:8.4%}  "
+            f"(+ {self.other} parameters never pruned)"
         )
         if self.collapsed:
             lines.append(f"collapsed layers (nothing is kept): {', '.join(self.collapsed)}")

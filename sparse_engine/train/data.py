@@ -71,11 +71,13 @@ class ArrayData:
     def __post_init__(self) -> None:
         if self.images.dim() != 4 or len(self.images) != len(self.labels):
             raise SparseEngineError(
-                f"{self.name}: images {tuple(self.images.shape)} and labels {tuple(self.labels.shape)} do not fit; expected [N, C, H, W] and [N]"
+                f"{self.name}: images {tuple(self.images.shape)} and labels {tuple(self.labels.shape)} do not "
+                "fit; expected [N, C, H, W] and [N]"
             )
         if len(self.labels) and not (int(self.labels.min()) >= 0 and int(self.labels.max()) < self.classes):
             raise SparseEngineError(
-                f"{self.name}: labels run from {int(self.labels.min())} to {int(self.labels.max())}, but there are {self.classes} classes (0 to {self.classes - 1})"
+                f"{self.name}: labels run from {int(self.labels.min())} to {int(self.labels.max())}, but there "
+                f"are {self.classes} classes (0 to {self.classes - 1})"
             )
         if self.augment not in (None, "flip_crop", "shift"):
             raise SparseEngineError(
@@ -264,7 +266,8 @@ def _from_folder(folder: Path) -> tuple[ArrayData, ArrayData]:
         return _image_folder(folder)
     held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise SparseEngineError(
-        f"{folder} holds no data set that is known: looked for train-images-idx3-ubyte[.gz|.xz] (MNIST), data_batch_1 (CIFAR-10), train and test "
+        f"{folder} holds no data set that is known: looked for train-images-idx3-ubyte[.gz|.xz] (MNIST), "
+        "data_batch_1 (CIFAR-10), train and test "
         f"(CIFAR-100), cifar10_data_batch_1.npz, and train/CLASS/*.png with test/ or val/; found {held}"
     )
 
@@ -385,7 +388,8 @@ def read_compact(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise FileFormatError(f"{path} is not a compact CIFAR file: {error}") from None
     if channels != 3 or len(raw) != 3 * n * height * width or len(labels) != n:
         raise FileFormatError(
-            f"{path} announces {n} images of {height}×{width}×{channels} but holds {len(raw)} bytes and {len(labels)} labels"
+            f"{path} announces {n} images of {height}×{width}×{channels} but holds {len(raw)} bytes and "
+            f"{len(labels)} labels"
         )
     zigzag = np.frombuffer(raw, np.uint8).reshape(3, n, height, width)
     residual = (zigzag >> 1).astype(np.int16)

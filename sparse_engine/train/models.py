@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -41,7 +42,7 @@ class MLP(nn.Module):
         super().__init__()
         sizes = [in_features, *hidden, num_classes]
         self.depth = len(sizes) - 1
-        for i, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False), 1):
+        for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes), 1):
             setattr(self, f"fc{i}", nn.Linear(inputs, outputs))
         for i in range(1, self.depth):
             setattr(self, f"act{i}", nn.ReLU())

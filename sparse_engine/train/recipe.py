@@ -468,7 +468,8 @@ def check_stp(part: StpPart) -> None:
     """
     if not 0 <= part.warmup < part.search <= part.settle <= 1:
         raise RecipeError(
-            f"stp.warmup={part.warmup:g}, stp.search={part.search:g} and stp.settle={part.settle:g} have to be shares of "
+            f"stp.warmup={part.warmup:g}, stp.search={part.search:g} and stp.settle={part.settle:g} have to be "
+            "shares of "
             "training in this order"
         )
     if not part.width and not part.depth:

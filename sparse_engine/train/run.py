@@ -7,6 +7,7 @@ is written; a resumed run continues from it bit for bit.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import time
@@ -215,10 +216,10 @@ class _Run:
         if recipe.teacher is not None:
             stages.append(_Stage("teacher", self._make_teacher, self._finish_teacher))
         if recipe.coreset is not None and recipe.coreset.score not in ("random", "infobatch"):
-            for index in range(recipe.coreset.runs):
-                stages.append(
-                    _Stage(f"score {index + 1}", lambda i=index: self._make_scorer(i), lambda p: self._finish_scorer(p))
-                )
+            stages += [
+                _Stage(f"score {index + 1}", functools.partial(self._make_scorer, index), self._finish_scorer)
+                for index in range(recipe.coreset.runs)
+            ]
         if recipe.coreset is not None and recipe.coreset.score != "infobatch":
             stages.append(_Stage("select", lambda: None, lambda _: self._select()))
         if recipe.pretrain is not None and recipe.pretrain.epochs:
@@ -360,7 +361,8 @@ class _Run:
         )
         if report.collapsed and not part.allow_collapse:
             raise PruneError(
-                f"pruning emptied {len(report.collapsed)} of {len(report.layers)} layers ({', '.join(report.collapsed)}): "
+                f"pruning emptied {len(report.collapsed)} of {len(report.layers)} layers "
+                f"({', '.join(report.collapsed)}): "
                 "nothing could be learned. Set prune.keep_one=true, prune.distribution=erk or a lower prune.sparsity; "
                 "prune.allow_collapse=true trains on regardless"
             )
@@ -419,7 +421,8 @@ class _Run:
         self.carry["compaction"] = compaction_spec(self.model).to_json()
         self.carry["stp"] = self.stp.summary()
         self.progress.say(
-            f"subnet: {self.carry['stp']['cost']:.4g} of {self.carry['stp']['full_cost']:.4g} {self.carry['stp']['unit']}, "
+            f"subnet: {self.carry['stp']['cost']:.4g} of {self.carry['stp']['full_cost']:.4g} "
+            f"{self.carry['stp']['unit']}, "
             f"full network's test accuracy {self.carry['full_test_accuracy']:.4f}"
         )
         if self.folder is not None and self.processes.first:
@@ -435,7 +438,8 @@ class _Run:
         if mode == "never" or not fits or self.device != "cpu":
             if mode == "always":
                 raise RecipeError(
-                    "train.sparse_kernels is always, but that needs a pruned model on the CPU without amp, with fixed masks, rigl or set"
+                    "train.sparse_kernels is always, but that needs a pruned model on the CPU without amp, "
+                    "with fixed masks, rigl or set"
                 )
             return
         kept = masks(self.model)
@@ -454,7 +458,8 @@ class _Run:
                 sparse_ms = _step_ms(self.model, x)
                 self.carry["dense_step_ms"], self.carry["sparse_step_ms"] = dense_ms, sparse_ms
                 self.progress.say(
-                    f"training {len(names)} of {len(kept)} layers on sparse kernels: forward and backward of a batch take "
+                    f"training {len(names)} of {len(kept)} layers on sparse kernels: forward and backward of a "
+                    "batch take "
                     f"{sparse_ms:.2f} ms against {dense_ms:.2f} ms dense and masked"
                 )
         else:
@@ -630,12 +635,9 @@ class _Run:
             model = copy.deepcopy(made) if isinstance(self.given_model, nn.Module) else made
         else:
             channels, height, width = self.train.shape
+            known = {"in_channels": channels, "image_size": height, "in_features": channels * height * width}
             options = {"num_classes": self.train.classes}
-            for option, value in (
-                ("in_channels", channels), ("image_size", height), ("in_features", channels * height * width),
-            ):  # fmt: skip
-                if models.accepts(part.name, option):
-                    options[option] = value
+            options.update({option: value for option, value in known.items() if models.accepts(part.name, option)})
             model = models.build(part.name, **{**options, **part.options})
         if part.init == "zero":
             zero_init_(model)
@@ -726,7 +728,8 @@ class _Run:
                 out = self.model(x)
             except RuntimeError as error:
                 raise RecipeError(
-                    f"the model {self.recipe.model.name!r} cannot take this data's samples {tuple(x.shape[1:])}: {error}"
+                    f"the model {self.recipe.model.name!r} cannot take this data's samples "
+                    f"{tuple(x.shape[1:])}: {error}"
                 ) from None
         if not isinstance(out, Tensor) or out.shape != (len(x), self.train.classes):
             shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -745,7 +748,8 @@ class _Run:
         kept = round((1 - part.sparsity) * total)
         if kept < len(weights) and not part.allow_collapse:
             raise PruneError(
-                f"prune.sparsity={part.sparsity} keeps {kept} of {total} weights, fewer than the {len(weights)} layers: "
+                f"prune.sparsity={part.sparsity} keeps {kept} of {total} weights, fewer than the "
+                f"{len(weights)} layers: "
                 "at least one layer would be empty. Lower the sparsity or list layers in prune.ignore"
             )
         if (part.distribution is not None or part.scope == "layer") and not part.allow_collapse:
@@ -754,7 +758,8 @@ class _Run:
             empty = [name for name, count in counts.items() if not count]
             if empty:
                 raise PruneError(
-                    f"prune.sparsity={part.sparsity} with distribution {part.distribution or 'uniform'} leaves nothing of "
+                    f"prune.sparsity={part.sparsity} with distribution {part.distribution or 'uniform'} leaves "
+                    "nothing of "
                     f"{', '.join(empty)}; lower the sparsity, use erk, or list them in prune.ignore"
                 )
 
@@ -770,13 +775,15 @@ class _Run:
         if path.exists():
             if not self.resume:
                 raise SparseEngineError(
-                    f"{self.folder} already holds a run; continue it with resume (--resume), or choose another out folder"
+                    f"{self.folder} already holds a run; continue it with resume (--resume), or choose another "
+                    "out folder"
                 )
             saved = load_checkpoint(path)
             different = _differences(json.loads(saved["recipe"]), json.loads(json.dumps(self.recipe.to_dict())))
             if different:
                 raise SparseEngineError(
-                    f"the run in {self.folder} was made with another recipe ({'; '.join(different[:5])}); resume it with "
+                    f"the run in {self.folder} was made with another recipe ({'; '.join(different[:5])}); "
+                    "resume it with "
                     "the same settings, or choose another out folder"
                 )
         if self.processes.first:
@@ -895,15 +902,21 @@ def _criterion_text(recipe: Recipe) -> str:
 
 
 def _summary_text(summary: dict[str, Any]) -> str:
-    lines = [
+    head = (
         f"{summary['recipe']} on {summary['data']}: test accuracy {summary['test_accuracy']:.4f} at sparsity "
         f"{summary['sparsity']:.4%} ({summary['kept_weights']} of {summary['prunable_weights']} weights)"
-    ]
+    )
+    lines = [head]
+    if "sparse_step_ms" in summary:
+        lines.append(
+            f"training step (forward and backward): {summary['sparse_step_ms']:.2f} ms on sparse kernels against "
+            f"{summary['dense_step_ms']:.2f} ms dense and masked"
+        )
     if "speedup" in summary:
         lines.append(
-            f"executable: accuracy {summary['executable_accuracy']:.4f} ({summary['predictions_differing']} predictions differ), "
-            f"{summary['executable_ms']:.3f} ms against {summary['dense_ms']:.3f} ms dense at batch {summary['batch_size']} "
-            f"({summary['speedup']:.2f}×)"
+            f"executable: accuracy {summary['executable_accuracy']:.4f} ({summary['predictions_differing']} "
+            f"predictions differ), {summary['executable_ms']:.3f} ms against {summary['dense_ms']:.3f} ms dense at "
+            f"batch {summary['batch_size']} ({summary['speedup']:.2f}×)"
         )
     if "executable_bytes" in summary:
         lines.append(f"size: {summary['executable_bytes']} bytes against {summary['dense_bytes']} dense")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -133,7 +134,7 @@ def test_schedules_end_where_they_should():
     assert Iterative(3).densities(0.001) == pytest.approx([0.1, 0.01, 0.001])
     ladder = Iterative(7).densities(0.05)
     assert ladder[-1] == 0.05
-    assert all(a / b == pytest.approx(ladder[0] ** -1) for a, b in zip(ladder, ladder[1:], strict=False))
+    assert all(a / b == pytest.approx(ladder[0] ** -1) for a, b in itertools.pairwise(ladder))
     cubic = Cubic(begin=10, end=110, every=10, initial=0.2)
     assert cubic.sparsity(0, 0.9) == 0.2
     assert cubic.sparsity(60, 0.9) == pytest.approx(0.9 + (0.2 - 0.9) * 0.5**3)

@@ -19,7 +19,9 @@ def networks():
         build("mlp", in_features=12, hidden=(16, 16, 8)),
         build("vgg11_cifar", width=0.125),
         build("resnet8"),
-        nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)),
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1352, 5)
+        ),
     ]  # fmt: skip
 
 

@@ -1,0 +1,53 @@
+"""The command line of the reproduction."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+
+import torch
+
+from . import claims
+from .study import RESULTS, STUDIES, Store, run_cells
+
+
+def main() -> None:
+    """Run studies, or write the tables."""
+    parser = argparse.ArgumentParser(prog="python -m bench.repro", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    go = commands.add_parser("run", help="run what is missing")
+    go.add_argument("--study", nargs="*", choices=list(STUDIES), default=list(STUDIES))
+    go.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    go.add_argument("--scale", choices=("digits", "mnist", "fashion_mnist"), default="digits")
+    go.add_argument("--data", help="the data folder, for scales other than digits")
+    go.add_argument("--until", help="stop before this time of day (UTC, HH:MM)")
+    go.add_argument("--threads", type=int, default=1)
+    commands.add_parser("tables", help="write docs/reproduction.md")
+    arguments = parser.parse_args()
+    if arguments.command == "tables":
+        print(claims.write())
+        return
+    if arguments.scale != "digits" and not arguments.data:
+        parser.error(f"--scale {arguments.scale} needs --data FOLDER")
+    torch.set_num_threads(arguments.threads)
+    store = Store(RESULTS)
+    # the studies take turns, so that an interrupted run has something of each
+    cells = []
+    for seed in arguments.seeds:
+        lists = [[(study, cell, seed) for cell in STUDIES[study](arguments.scale)] for study in arguments.study]
+        cells += [entry for turn in itertools.zip_longest(*lists) for entry in turn if entry is not None]
+    run_cells(store, cells, arguments.scale, arguments.data or "digits", _deadline(arguments.until))
+
+
+def _deadline(text: str | None) -> float | None:
+    if text is None:
+        return None
+    hours, minutes = map(int, text.split(":"))
+    now = time.gmtime()
+    seconds = (hours - now.tm_hour) * 3600 + (minutes - now.tm_min) * 60 - now.tm_sec
+    return time.monotonic() + seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,313 @@
+"""The studies: which runs each claim needs, and how their results are kept."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_engine.errors import SparseEngineError
+from sparse_engine.io.atomic import atomic_write_text
+from sparse_engine.train import load_data, run
+from sparse_engine.train.data import ArrayData
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "reproduction.json"
+
+#: epochs and model per scale; every method of a study trains for the same number of epochs in all
+SCALES: dict[str, dict[str, Any]] = {
+    "digits": {"epochs": 20, "hidden": [128, 128], "limit": None},
+    "mnist": {"epochs": 10, "hidden": [256, 256], "limit": 10000},
+    "fashion_mnist": {"epochs": 10, "hidden": [256, 256], "limit": 10000},
+}
+
+Cell = dict[str, Any]
+
+
+class Store:
+    """Rows in one JSON file, written after every run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+        self.keys = {self.key(row["study"], row["cell"], row["seed"], row["scale"]) for row in self.rows}
+
+    @staticmethod
+    def key(study: str, cell: Cell, seed: int, scale: str) -> str:
+        """What makes two runs the same."""
+        return json.dumps([study, cell, seed, scale], sort_keys=True)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append and write."""
+        self.rows.append(row)
+        self.keys.add(self.key(row["study"], row["cell"], row["seed"], row["scale"]))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(json.dumps(entry, sort_keys=True) for entry in self.rows)
+        atomic_write_text(self.path, f'{{"rows": [\n{lines}\n]}}\n')
+
+
+def run_cells(
+    store: Store, cells: list[tuple[str, Cell, int]], scale: str, data: str, deadline: float | None = None
+) -> None:
+    """Run what is not in the store yet; a failing run is stored with its error instead of an accuracy."""
+    settings = SCALES[scale]
+    loaded = load_data(data, augment=True, limit=settings["limit"])
+    missing = [cell for cell in cells if store.key(cell[0], cell[1], cell[2], scale) not in store.keys]
+    print(f"{len(cells) - len(missing)} of {len(cells)} runs are there, {len(missing)} to go", flush=True)
+    for number, (study, cell, seed) in enumerate(missing, 1):
+        if deadline is not None and time.monotonic() > deadline:
+            print("out of time; the next call continues here", flush=True)
+            return
+        began, busy = time.perf_counter(), time.process_time()
+        row = {"study": study, "cell": cell, "seed": seed, "scale": scale}
+        try:
+            result = run(recipe_of(cell, scale), loaded, progress=False, seed=seed, **overrides(cell, scale, loaded))
+            for key in (
+                "test_accuracy",
+                "validation_accuracy",
+                "teacher_accuracy",
+                "gate_openness",
+                "training_samples",
+            ):
+                if key in result.summary:
+                    row[key] = result.summary[key]
+            row["sparsity"] = result.summary["sparsity"]
+            row["kept_by_layer"] = [layer.kept for layer in result.report.layers]
+        except SparseEngineError as error:
+            row["error"] = str(error)
+        row["seconds"] = round(time.perf_counter() - began, 2)
+        row["cpu_seconds"] = round(time.process_time() - busy, 2)
+        row["date"] = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+        row["machine"] = f"{platform.machine()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+        store.add(row)
+        shown = row.get("test_accuracy", row.get("error", ""))
+        print(f"{number}/{len(missing)} {study} {cell} seed {seed}: {shown} ({row['seconds']} s)", flush=True)
+
+
+def recipe_of(cell: Cell, scale: str) -> dict[str, Any]:
+    """The common ground of all runs; the cell's own settings come on top."""
+    settings = SCALES[scale]
+    return {
+        "name": "reproduction",
+        "model": {"name": "mlp", "options": {"hidden": settings["hidden"]}},
+        "data": {"augment": True},
+        "train": {
+            "epochs": settings["epochs"], "batch_size": 64, "learning_rate": 0.1, "weight_decay": 5e-4,
+            "schedule": "multistep", "milestones": [0.5, 0.75], "sparse_kernels": "never",
+        },
+        "convert": {"enabled": False},
+    }  # fmt: skip
+
+
+def overrides(cell: Cell, scale: str, loaded: tuple[ArrayData, ArrayData]) -> dict[str, Any]:
+    """Dotted recipe keys of a cell."""
+    build = {"epsd": _epsd, "pipeline": _pipeline, "coreset": _coreset}[cell["kind"]]
+    return build(cell, SCALES[scale]["epochs"])
+
+
+# --- a. early pruning with self-distillation --------------------------------------------------------------------------
+
+SPARSITIES = (0.9, 0.95, 0.98)
+SELF_DISTILLATION = ("cs_kd", "ps_kd", "dlb")
+BASELINES = ("random", "magnitude", "snip", "grasp", "synflow", "prospr")
+
+
+def epsd_cells(scale: str) -> Iterator[Cell]:
+    """EPSD against its baselines: criterion × loss in the scorer × loss in training × sparsity."""
+
+    def cell(**options: Any) -> Cell:
+        return {"kind": "epsd", **options}
+
+    for loss in ("cross_entropy", *SELF_DISTILLATION):
+        yield cell(method="dense", loss=loss)
+    for sparsity in SPARSITIES:
+        for loss in SELF_DISTILLATION:
+            yield cell(method="EPSD", loss=loss, sparsity=sparsity)
+            yield cell(method="SC", loss=loss, sparsity=sparsity)
+        for criterion in BASELINES:
+            yield cell(method=criterion, loss="cross_entropy", sparsity=sparsity)
+        yield cell(method="EPSD iterative", loss="cs_kd", sparsity=sparsity)
+        yield cell(method="EPSD first-order", loss="cs_kd", sparsity=sparsity)
+
+
+def _epsd(cell: Cell, epochs: int) -> dict[str, Any]:
+    out: dict[str, Any] = {"loss.name": cell["loss"]}
+    method = cell["method"]
+    if method == "dense":
+        return out
+    out["prune.sparsity"] = cell["sparsity"]
+    out["prune.allow_collapse"] = True
+    if method.startswith("EPSD") or method == "SC":
+        out["prune.criterion"] = "epsd"
+        mode = "first_order" if method == "EPSD first-order" else "full"
+        out["prune.options"] = {"steps": 3, "learning_rate": 0.5, "momentum": 0.9, "mode": mode}
+        if method == "SC":
+            out["prune.loss"] = "cross_entropy"
+        if method == "EPSD iterative":
+            out["prune.rounds"] = 5
+    else:
+        out["prune.criterion"] = method
+    return out
+
+
+# --- b. the end-to-end pipeline ---------------------------------------------------------------------------------------
+
+DENSITIES = (0.1, 0.03, 0.01)
+STAGES = ("zero", "mask", "smoothing", "activations", "skips")
+
+
+def pipeline_cells(scale: str) -> Iterator[Cell]:
+    """Baselines and the pipeline by density; all 2⁵ combinations of its stages at one density; the remedies."""
+    for density in DENSITIES:
+        for method in ("pipeline", "magnitude", "iterative", "random", "snip", "grasp", "rigl"):
+            yield {"kind": "pipeline", "method": method, "density": density}
+    for bits in range(32):
+        stages = [name for i, name in enumerate(STAGES) if bits >> i & 1]
+        yield {"kind": "pipeline", "method": "ablation", "density": 0.02, "stages": stages}
+    for remedy in ("open", "warmup", "open+warmup"):
+        yield {"kind": "pipeline", "method": "remedy", "density": 0.02, "stages": ["zero", "mask"], "remedy": remedy}
+
+
+def _pipeline(cell: Cell, epochs: int) -> dict[str, Any]:
+    method, half = cell["method"], epochs // 2
+    out: dict[str, Any] = {
+        "prune.sparsity": 1 - cell["density"],
+        "prune.keep_one": True,
+        "train.epochs": epochs - half,
+        "train.learning_rate": 0.05,
+        "train.schedule": "cosine",
+    }
+    if method in ("random", "snip", "grasp"):
+        return {**out, "prune.criterion": method, "train.epochs": epochs}
+    if method == "rigl":
+        return {
+            **out, "prune.criterion": "random", "prune.scope": "layer", "prune.distribution": "erk",
+            "dynamic.name": "rigl", "dynamic.every": 20, "train.epochs": epochs,
+        }  # fmt: skip
+    if method == "iterative":
+        return {**out, "dynamic.name": "iterative", "dynamic.rounds": 5, "dynamic.stop": 0.7, "train.epochs": epochs}
+    out["pretrain.epochs"] = half
+    if method == "magnitude":
+        return out
+    stages = cell.get("stages", ["mask", "smoothing", "activations", "skips"])
+    remedy = cell.get("remedy", "")
+    if "mask" in stages:
+        out.update({
+            "pretrain.gates": "bernoulli", "pretrain.variance_penalty": 0.0, "pretrain.size_penalty": 3e-4,
+            "pretrain.gate_learning_rate": 0.1, "pretrain.penalty_warmup": 0.0,
+        })  # fmt: skip
+        if method == "pipeline":
+            out["pretrain.penalty_warmup"] = 0.3
+        if "open" in remedy:
+            out["pretrain.initial"] = 0.999
+        if "warmup" in remedy:
+            out["pretrain.penalty_warmup"] = 0.7
+    if "zero" in stages:
+        out["model.init"] = "zero"
+    if "smoothing" in stages:
+        out.update({"loss.label_smoothing": 0.1, "loss.final_label_smoothing": 0.0})
+    out["post.soft_activations"] = "activations" in stages
+    out["post.skip_connections"] = "skips" in stages
+    return out
+
+
+# --- c. data pruning with distillation --------------------------------------------------------------------------------
+
+FRACTIONS = (0.1, 0.3)
+SCORES = ("random", "forgetting", "el2n", "grand", "margin", "herding", "k_centre")
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 0.95)
+TEACHERS = {"smaller": [32], "equal": None, "larger": [512, 512]}
+
+
+def coreset_cells(scale: str) -> Iterator[Cell]:
+    """Every score with and without a teacher by fraction; α by fraction; teacher sizes; label noise; fixed epochs."""
+
+    def cell(**options: Any) -> Cell:
+        return {"kind": "coreset", "updates": "iterations", **options}
+
+    for fraction in FRACTIONS:
+        for score in SCORES:
+            yield cell(score=score, fraction=fraction, alpha=None)
+            yield cell(score=score, fraction=fraction, alpha="default")
+    for fraction in (0.1, 0.3, 1.0):
+        for alpha in ALPHAS:
+            yield cell(score="random", fraction=fraction, alpha=alpha, validation=True)
+    for fraction in (0.1, 0.5):
+        for size in TEACHERS:
+            yield cell(score="random", fraction=fraction, alpha="default", teacher=size)
+    for alpha in (None, "default"):
+        yield cell(score="random", fraction=0.3, alpha=alpha, noise=0.3)
+        yield {**cell(score="random", fraction=0.1, alpha=alpha), "updates": "epochs"}
+
+
+def _coreset(cell: Cell, epochs: int) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "coreset.score": cell["score"],
+        "coreset.fraction": cell["fraction"],
+        "coreset.epochs": 5,
+        "coreset.updates": cell["updates"],
+    }
+    if cell["alpha"] is not None:
+        out["loss.name"] = "kd"
+        out["loss.temperature"] = 4.0
+        out["teacher.epochs"] = epochs
+        if cell["alpha"] != "default":
+            out["loss.alpha"] = cell["alpha"]
+        hidden = TEACHERS[cell.get("teacher", "equal")]
+        if hidden is not None:
+            # the kept name is the student's own; a teacher of another size is another model part
+            out["teacher.model"] = {"name": "mlp", "options": {"hidden": hidden}}
+    if cell.get("validation"):
+        out["data.validation"] = 0.2
+    if cell.get("noise"):
+        out["data.label_noise"] = cell["noise"]
+    return out
+
+
+# --- theory -----------------------------------------------------------------------------------------------------------
+
+
+def ridge_bias(fractions: tuple[float, ...] = (0.1, 0.3, 1.0), seeds: int = 20) -> list[dict[str, float]]:
+    """Ridge regression: the student's squared bias against the share of the data its teacher saw.
+
+    Student and teacher are ridge regressions; the student sees a tenth of the samples and is fitted to the mean of the
+    labels and the teacher's predictions. The bias is taken over label noise.
+    """
+    n, d, strength, noise = 400, 50, 5.0, 1.0
+    rows = []
+    for fraction in fractions:
+        squares = []
+        for seed in range(seeds):
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.randn(n, d, generator=generator, dtype=torch.float64)
+            truth = torch.randn(d, generator=generator, dtype=torch.float64)
+            small, seen = x[: n // 10], x[: max(n // 10, round(fraction * n))]
+            estimates = []
+            for _ in range(40):
+                y = x @ truth + noise * torch.randn(n, generator=generator, dtype=torch.float64)
+                teacher = _ridge(seen, y[: len(seen)], strength)
+                mixed = 0.5 * y[: len(small)] + 0.5 * small @ teacher
+                estimates.append(_ridge(small, mixed, strength))
+            squares.append(float((torch.stack(estimates).mean(0) - truth).square().sum()))
+        rows.append({"teacher_fraction": fraction, "squared_bias": sum(squares) / len(squares)})
+    return rows
+
+
+def _ridge(x: Tensor, y: Tensor, strength: float) -> Tensor:
+    eye = torch.eye(x.shape[1], dtype=x.dtype)
+    return torch.linalg.solve(x.T @ x + strength * eye, x.T @ y)
+
+
+STUDIES: dict[str, Callable[[str], Iterator[Cell]]] = {
+    "epsd": epsd_cells,
+    "pipeline": pipeline_cells,
+    "coreset": coreset_cells,
+}
+
+__all__ = ["RESULTS", "STUDIES", "Store", "ridge_bias", "run_cells"]
