@@ -147,11 +147,18 @@ def profile_spans(executable: Any, inputs: Sequence[torch.Tensor]) -> list[dict[
     if hasattr(executable, "profile"):
         return list(executable.profile(*inputs))
     batch = executable.graph.batch_of([tensor.shape for tensor in inputs])
-    kinds = {node.name: node.op for node in executable.graph.nodes}
-    spans, at = [], 0.0
+    nodes = {node.name: node for node in executable.graph.nodes}
+    spans: list[dict[str, Any]] = []
+    at = 0.0
     for name, seconds in executable.compile(batch).profile(list(inputs)):
-        kind = kinds.get(_owner(name, set(kinds)), "")
-        spans.append({"name": name, "kind": kind, "thread": 0, "start_us": at, "dur_us": seconds * 1e6})
+        owner = nodes.get(_owner(name, set(nodes)))
+        kind = "" if owner is None else owner.op
+        span = {"name": name, "kind": kind, "thread": 0, "start_us": at, "dur_us": seconds * 1e6}
+        # Copies that a node needs are spans of their own; the arithmetic is the node's.
+        if name in nodes:
+            work = _work(executable.graph, nodes[name], batch)
+            span.update(flops=work.flops, bytes=work.bytes)
+        spans.append(span)
         at += seconds * 1e6
     return spans
 
@@ -200,6 +207,33 @@ def _dense_times(graph: Any, inputs: Sequence[torch.Tensor]) -> dict[str, float]
 
 
 def _layer(graph: Any, node: Any, batch: int, ms: float, dense_ms: float) -> LayerTime:
+    work = _work(graph, node, batch)
+    output = graph.values[node.outputs[0]].shape
+    return LayerTime(
+        name=node.name,
+        op=node.attrs["target"] if node.op == "fallback" else node.op,
+        shape=tuple(size if isinstance(size, int) else size.at(batch) for size in output),
+        ms=ms,
+        dense_ms=dense_ms,
+        structure=work.structure,
+        sparsity=work.sparsity,
+        flops=work.flops,
+        dense_flops=work.dense_flops,
+        bytes=work.bytes,
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    flops: float
+    dense_flops: float
+    bytes: float
+    structure: str | None
+    sparsity: float | None
+
+
+def _work(graph: Any, node: Any, batch: int) -> _Work:
+    """What one node has to do: see `LayerTime` for the fields."""
     from sparse_engine.convert.flops import node_flops
     from sparse_engine.packed import PackedWeight
 
@@ -220,19 +254,7 @@ def _layer(graph: Any, node: Any, batch: int, ms: float, dense_ms: float) -> Lay
                 packed = PackedWeight.from_dense(constant)
                 structure, size = str(packed.structure), min(size, packed.nbytes)
         traffic += size
-    output = graph.values[node.outputs[0]].shape
-    return LayerTime(
-        name=node.name,
-        op=node.attrs["target"] if node.op == "fallback" else node.op,
-        shape=tuple(size if isinstance(size, int) else size.at(batch) for size in output),
-        ms=ms,
-        dense_ms=dense_ms,
-        structure=structure,
-        sparsity=sparsity,
-        flops=flops * density,
-        dense_flops=flops,
-        bytes=traffic,
-    )
+    return _Work(flops * density, flops, traffic, structure, sparsity)
 
 
 def _best(function: Callable[[], Any], seconds: float) -> float:
