@@ -47,15 +47,18 @@ def convert(
         y = executable(torch.randn(16, 3, 224, 224))
         print(executable.report)
 
-    The model is copied, its masks are made permanent, it is put in eval mode and captured with ``torch.export``; batch norm, biases, residuals and
-    activations are folded into the operators, dead channels removed, and a kernel is chosen for each layer with a dense one always among the candidates.
+    The model is copied, its masks are made permanent, it is put in eval mode and captured with ``torch.export``; batch
+    norm, biases, residuals and activations are folded into the operators, dead channels removed, and a kernel is chosen
+    for each layer with a dense one always among the candidates.
 
     Args:
-        model: any module, with exact zeros in its weights, masks of ``sparse_engine.prune`` or ``torch.nn.utils.prune``, or ``torch.ao.pruning``
-            parametrisations. It is not changed. A dense model is converted too; the report says that there is nothing to gain from sparsity.
-        example_inputs: a tensor, or a tuple of the model's positional arguments; kernels are timed, and the result is verified, on them. The first
-            dimension is the batch size; the executable runs any other as well.
-        device: "cpu", or "cuda" for a `sparse_engine.convert.cuda.CudaExecutable` (compiled and interpreted in the tests, not yet run on a GPU).
+        model: any module, with exact zeros in its weights, masks of ``sparse_engine.prune`` or
+            ``torch.nn.utils.prune``, or ``torch.ao.pruning`` parametrisations. It is not changed. A dense model is
+            converted too; the report says that there is nothing to gain from sparsity.
+        example_inputs: a tensor, or a tuple of the model's positional arguments; kernels are timed, and the result is
+            verified, on them. The first dimension is the batch size; the executable runs any other as well.
+        device: "cpu", or "cuda" for a `sparse_engine.convert.cuda.CudaExecutable` (compiled and interpreted in the
+            tests, not yet run on a GPU).
         dtype: torch.float32; a model in another floating dtype is converted to it. On a GPU also float16 and bfloat16.
         threads: of the executable's kernels; None uses all cores.
         tune: time the candidate kernels of each layer; otherwise a cost model chooses.
@@ -72,7 +75,7 @@ def convert(
         VerificationError: the outputs differ by more than the bound; nothing is returned.
         CheckpointError: the weights do not fit the model.
     """
-    if torch.device(device).type == "cuda":
+    if _device_type(device) == "cuda":
         from sparse_engine.convert.cuda import convert_cuda
 
         limit = None if bound == _DEFAULT_BOUND else bound
@@ -105,8 +108,15 @@ def convert(
     return executable
 
 
+def _device_type(device: str | torch.device) -> str:
+    try:
+        return torch.device(device).type
+    except RuntimeError as error:
+        raise ConvertError(f"device={device!r} is no device: {str(error).splitlines()[0]}") from None
+
+
 def _check_arguments(device: str | torch.device, dtype: torch.dtype, threads: int | None, bound: float) -> None:
-    if torch.device(device).type != "cpu":
+    if _device_type(device) != "cpu":
         raise ConvertError(
             f"executables run on the CPU; device={str(device)!r} is not supported. On a GPU use sparse_engine.sparsify_"
         )
@@ -131,7 +141,7 @@ def _choose(graph: Graph, examples: tuple[Tensor, ...], tune: bool, threads: int
 
 
 def _verify(model: nn.Module, executable: Executable, examples: tuple[Tensor, ...], bound: float) -> float:
-    """The largest error on the examples; also runs another batch size, so that one that only seems to be free is found out."""
+    """The largest error on the examples, and at another batch size, which may only seem to be free."""
     error = _compare(model, executable, examples, bound, "on the example inputs")
     graph = executable.graph
     if graph.dynamic or graph.fixed_batch is not None:
@@ -139,8 +149,7 @@ def _verify(model: nn.Module, executable: Executable, examples: tuple[Tensor, ..
         other = batch + 1 if batch < 4 else batch - 1
         dynamic = [
             graph.fixed_batch is not None
-            or bool(graph.values[name].shape)
-            and not isinstance(graph.values[name].shape[0], int)
+            or (bool(graph.values[name].shape) and not isinstance(graph.values[name].shape[0], int))
             for name in graph.inputs
         ]
         changed = tuple(
@@ -153,7 +162,8 @@ def _verify(model: nn.Module, executable: Executable, examples: tuple[Tensor, ..
             if graph.fixed_batch is None:
                 raise
             raise VerificationError(
-                f"{problem}. This model was captured for batch size {graph.fixed_batch} only and mixes the samples of a batch, "
+                f"{problem}. This model was captured for batch size {graph.fixed_batch} only and mixes the samples of "
+                f"a batch, "
                 "so it cannot run other batch sizes piece by piece; make it independent of the batch size"
             ) from None
     return error
@@ -175,7 +185,8 @@ def _compare(model: nn.Module, executable: Executable, inputs: tuple[Tensor, ...
         error = relative_error(got, want)
         if not error <= bound:
             raise VerificationError(
-                f"output '{name}' {where} differs from the model's by {error:.2e} of its scale; the bound is {bound:.0e}. "
+                f"output '{name}' {where} differs from the model's by {error:.2e} of its scale; the bound is "
+                f"{bound:.0e}. "
                 "If that is rounding in an ill-conditioned model, pass a larger bound"
             )
         worst = max(worst, error)
@@ -185,7 +196,8 @@ def _compare(model: nn.Module, executable: Executable, inputs: tuple[Tensor, ...
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest finite magnitude of what was expected.
 
-    inf and nan must be in the same places; for outputs that are not floating-point numbers it is the share of elements that differ.
+    inf and nan must be in the same places; for outputs that are not floating-point numbers it is the share of elements
+    that differ.
     """
     if expected.numel() == 0:
         return 0.0
@@ -238,7 +250,8 @@ def _report(
         notes.append(f"running with PyTorch: {executable.native_reason}")
     if zeros == 0:
         notes.append(
-            "no weight is zero: this model is dense and gains nothing from sparsity; prune it first, e.g. with sparse_engine.prune"
+            "no weight is zero: this model is dense and gains nothing from sparsity; prune it first, e.g. with "
+            "sparse_engine.prune"
         )
     elif sparsity < 0.5:
         notes.append(f"only {sparsity:.1%} of the weights are zero; unstructured sparsity pays from about 70 %")

@@ -1,7 +1,7 @@
 """How each aten call becomes native ops.
 
-A handler gets the builder and the call and returns the stand-in(s) of the result. It raises NotNative, with the reason, where the call's arguments are
-outside of what the native ops do; the call then becomes a fallback node.
+A handler gets the builder and the call and returns the stand-in(s) of the result. It raises NotNative, with the reason,
+where the call's arguments are outside of what the native ops do; the call then becomes a fallback node.
 """
 
 from __future__ import annotations
@@ -202,7 +202,13 @@ def _unary_handler(kind: str) -> Handler:
     return handler
 
 
-for _kind in "relu silu hardswish hardsigmoid sigmoid tanh exp sqrt rsqrt neg abs reciprocal square log erf".split():
+# fmt: off
+_PLAIN = (
+    "relu", "silu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "exp", "sqrt", "rsqrt", "neg", "abs",
+    "reciprocal", "square", "log", "erf",
+)
+# fmt: on
+for _kind in _PLAIN:
     handles(f"{_kind}.default")(_unary_handler(_kind))
 handles("special_erf.default")(_unary_handler("erf"))
 

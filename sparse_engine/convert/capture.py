@@ -1,8 +1,8 @@
 """From a PyTorch module to a graph, through ``torch.export``.
 
-The exported program is interpreted once, node by node: what depends only on weights is computed on the spot (so tables, masks and re-parametrised weights
-become constants), and every other aten call is translated by a handler into native ops, or kept as a fallback node that calls PyTorch.
-The handlers are in ``aten.py``.
+The exported program is interpreted once, node by node: what depends only on weights is computed on the spot (so tables,
+masks and re-parametrised weights become constants), and every other aten call is translated by a handler into native
+ops, or kept as a fallback node that calls PyTorch. The handlers are in ``aten.py``.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def capture(model: nn.Module, example_inputs: Sequence[Tensor]) -> Captured:
 
     Args:
         model: in eval mode; its parameters and buffers become the graph's constants (storage shared where possible).
-        example_inputs: positional tensors; those whose first dimension equals the first input's are taken to share the batch dimension.
+        example_inputs: positional tensors; those whose first dimension equals the first input's are taken to share the
+            batch dimension.
 
     Returns:
         The graph with its fallback reasons; ``graph.fixed_batch`` is set when only one batch size could be captured.
@@ -139,7 +140,8 @@ def _capture_static(model: nn.Module, inputs: tuple[Tensor, ...], batch: int | N
         raise
     except Exception as error:
         raise CaptureError(
-            f"torch.export cannot capture this model: {_first_line(error)}. Make its forward traceable (no data-dependent "
+            f"torch.export cannot capture this model: {_first_line(error)}. Make its forward traceable (no "
+            f"data-dependent "
             "branches; tensors in, tensors out), or convert the part of it that is"
         ) from error
     try:
@@ -200,14 +202,23 @@ def _quiet() -> Iterator[None]:
         logger.disabled = before
 
 
+# fmt: off
 _VIEWS = frozenset(
-    "view reshape flatten unflatten squeeze unsqueeze permute transpose t select slice split split_with_sizes chunk unbind expand contiguous detach alias "
-    "narrow diagonal unfold view_as expand_as movedim swapaxes swapdims mT to dropout clone".split()
+    {
+        "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t",
+        "select", "slice", "split", "split_with_sizes", "chunk", "unbind", "expand", "contiguous", "detach",
+        "alias", "narrow", "diagonal", "unfold", "view_as", "expand_as", "movedim", "swapaxes", "swapdims",
+        "mT", "to", "dropout", "clone",
+    }
 )
+# fmt: on
 
 
 def _needs_functional(graph: torch.fx.Graph) -> bool:
-    """True when an in-place call can be seen through another name; otherwise it means the same as its functional twin, and rewriting (slow) is not needed."""
+    """True when an in-place call can be seen through another name.
+
+    Otherwise it means the same as its functional twin, and rewriting the program, which is slow, is not needed.
+    """
     for node in graph.nodes:
         if node.op == "get_attr":
             return True  # a sub-graph
@@ -259,7 +270,8 @@ class _Interpreter:
                     continue
                 self.environment[node] = self.call(node)
             elif node.op == "output":
-                # Beside what the model returns, a functional program returns what became of inputs that forward changes.
+                # Beside what the model returns, a functional program returns what became of inputs that forward
+                # changes.
                 kinds = [spec.kind for spec in signature.output_specs]
                 outputs = [
                     item for item, kind in zip(node.args[0], kinds, strict=True) if kind is OutputKind.USER_OUTPUT
@@ -408,7 +420,8 @@ class Builder:
     def fallback(self, target: str, args: Any, kwargs: Any, declared: Any, reason: str) -> Any:
         if target not in fallback.TARGETS:
             raise CaptureError(
-                f"the model calls {target}, which has no native op and is not one of the functions that an executable may call "
+                f"the model calls {target}, which has no native op and is not one of the functions that an executable "
+                f"may call "
                 f"({reason}); express it with other PyTorch functions"
             )
         dropped = {"device", "layout", "pin_memory", "memory_format", "non_blocking", "copy"}
@@ -501,7 +514,7 @@ class Builder:
 
 @dataclass(frozen=True)
 class Call:
-    """One aten call: its functional name, its arguments by schema name (defaults filled in), and the declared result."""
+    """One aten call: its functional name, its arguments by schema name (with defaults), and the declared result."""
 
     target: str
     arguments: dict[str, Any]

@@ -61,7 +61,8 @@ class Executable:
 
     Args:
         graph: validated and optimised.
-        choices: what ``choose`` found out about kernels, plain JSON or an object with ``to_json``; None lets the lowering decide.
+        choices: what ``choose`` found out about kernels, plain JSON or an object with ``to_json``; None lets the
+            lowering decide.
         threads: for the kernels; None uses all cores.
         report: what became of each layer.
         spec: the tree of the model's own output types, where they are more than tuples, lists and dicts.
@@ -115,7 +116,8 @@ class Executable:
         """Run the model.
 
         Args:
-            inputs: the model's positional arguments, torch tensors on the CPU or numpy arrays, of the dtypes the model was converted with.
+            inputs: the model's positional arguments, torch tensors on the CPU or numpy arrays, of the dtypes the model
+                was converted with.
 
         Returns:
             What the model returns; numpy arrays where the inputs are numpy arrays.
@@ -160,7 +162,8 @@ class Executable:
         Args:
             inputs: as for a call.
             seconds: how long to measure, about; each contender runs at least five times.
-            model: the dense contender; by default the model that was converted while it is alive, else the optimised graph run by PyTorch.
+            model: the dense contender; by default the model that was converted while it is alive, else the optimised
+                graph run by PyTorch.
 
         Returns:
             Latency quantiles, throughput and speed-up.
@@ -275,7 +278,7 @@ class Executable:
             raise ShapeError(str(error)) from None
 
     def _in_pieces(self, plan: Plan, tensors: list[Tensor], batch: int) -> list[Tensor]:
-        """Run a graph of one batch size at another: piece by piece, the last one filled up by repeating its last sample."""
+        """Run a graph of one batch size at another: in pieces, the last one filled up with its last sample."""
         size = self.graph.fixed_batch
         assert size is not None
         pieces: list[list[Tensor]] = []
@@ -306,7 +309,8 @@ class Executable:
     def _from_array(self, item: Any, index: int) -> Tensor:
         if not isinstance(item, numpy.ndarray):
             raise ShapeError(
-                f"input '{self.graph.inputs[index]}' is {type(item).__name__}; the model takes {self.inputs[self.graph.inputs[index]]} "
+                f"input '{self.graph.inputs[index]}' is {type(item).__name__}; the model takes "
+                f"{self.inputs[self.graph.inputs[index]]} "
                 "as a torch tensor or a numpy array"
             )
         try:
@@ -320,7 +324,8 @@ class Executable:
         name = self.graph.inputs[index]
         where = "" if item.device.type == "cpu" else f" on {item.device}"
         return ShapeError(
-            f"input '{name}' is {item.dtype}{format_shape(item.shape)}{where}; the model takes {self.inputs[name]} on the CPU: "
+            f"input '{name}' is {item.dtype}{format_shape(item.shape)}{where}; the model takes "
+            f"{self.inputs[name]} on the CPU: "
             f"convert it first, e.g. with x.to('cpu', {self._dtypes[index]})"
         )
 

@@ -1,7 +1,8 @@
 """Nodes that call PyTorch for what has no native op.
 
-A fallback node stores the name of one aten overload from a fixed list of functions without side effects or randomness, and templates of its arguments in which
-tensors are indices into the node's inputs. It is plain JSON, and the list makes running a graph from a file harmless: nothing can be named that is not on it.
+A fallback node stores the name of one aten overload from a fixed list of functions without side effects or randomness,
+and templates of its arguments in which tensors are indices into the node's inputs. It is plain JSON, and the list makes
+running a graph from a file harmless: nothing can be named that is not on it.
 """
 
 from __future__ import annotations
@@ -29,78 +30,80 @@ from sparse_engine.convert.graph import (
     size_to_json,
 )
 
+# By overload, the functions that have it: none has side effects or randomness, none a shape that depends on data.
 _OVERLOADS: dict[str, str] = {
     "default": """
-        abs acos acosh adaptive_avg_pool1d adaptive_avg_pool3d adaptive_max_pool2d addmm alias amax amin aminmax angle argmax argmin argsort asin asinh atan
-        atan2 atanh avg_pool1d avg_pool2d avg_pool3d baddbmm bilinear bitwise_not bmm celu channel_shuffle clamp clamp_max clamp_min clone constant_pad_nd
-        contiguous conv1d conv2d conv3d conv_transpose1d convolution cos cosh cosine_similarity cross cummax cumprod cumsum deg2rad diagonal diff digamma
-        einsum elu embedding erf erfc erfinv exp exp2 expand expm1 fill flip floor fmax fmin frac gather gelu glu group_norm hardshrink hardsigmoid
-        hardswish hardtanh hypot instance_norm isfinite isinf isnan layer_norm leaky_relu lerp lgamma linalg_cross linalg_vector_norm linear log log10 log1p
-        log2 log_sigmoid logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logsumexp masked_select matmul max max_pool1d
-        max_pool2d max_pool3d maximum mean median min minimum mish mm movedim mv nan_to_num neg numpy_T pad permute pixel_shuffle pixel_unshuffle
-        positive prelu prod rad2deg reciprocal reflection_pad1d reflection_pad2d reflection_pad3d relu relu6 repeat replication_pad1d replication_pad2d
-        replication_pad3d reshape rms_norm roll round rot90 rsqrt scaled_dot_product_attention select selu sigmoid sign silu sin sinc sinh
-        slice softplus softshrink split_with_sizes sqrt square squeeze stack std sum t take_along_dim tan tanh tanhshrink threshold topk trace tril triu
-        trunc unfold unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
-        upsample_trilinear3d var view view_as_real where xlogy zeros_like ones_like cat ceil dot outer adaptive_max_pool1d grid_sampler im2col
-        col2im log_softmax softmax linalg_norm index_select masked_scatter native_group_norm native_layer_norm _adaptive_avg_pool2d
-        _adaptive_avg_pool3d _log_softmax _softmax _to_copy _unsafe_view max_pool2d_with_indices max_pool3d_with_indices norm
-        bucketize kron tile repeat_interleave sort arange full zeros ones new_zeros new_ones new_full scalar_tensor slice_scatter select_scatter
-        scatter_add index_add prod
+        _adaptive_avg_pool2d _adaptive_avg_pool3d _log_softmax _softmax _to_copy _unsafe_view abs acos acosh
+        adaptive_avg_pool1d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d addmm alias all amax amin
+        aminmax angle any arange argmax argmin argsort asin asinh atan atan2 atanh avg_pool1d avg_pool2d avg_pool3d
+        baddbmm bilinear bitwise_not bmm cat ceil celu channel_shuffle clamp clamp_max clamp_min clone col2im
+        constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose1d convolution cos cosh cosine_similarity cross
+        cummax cumprod cumsum deg2rad diagonal diff digamma dot einsum elu embedding erf erfc erfinv exp exp2 expand
+        expm1 flip floor fmax fmin frac full gather gelu glu grid_sampler group_norm hardshrink hardsigmoid hardswish
+        hardtanh hypot im2col index_add index_select instance_norm isfinite isinf isnan kron layer_norm leaky_relu
+        lgamma linalg_cross linalg_norm linalg_vector_norm linear log log10 log1p log2 log_sigmoid logaddexp
+        logaddexp2 logical_and logical_not logical_or logical_xor logsumexp masked_scatter matmul max
+        max_pool1d max_pool2d max_pool2d_with_indices max_pool3d max_pool3d_with_indices maximum mean median min
+        minimum mish mm mv nan_to_num native_group_norm native_layer_norm neg new_full new_ones new_zeros numpy_T ones
+        ones_like outer pad permute pixel_shuffle pixel_unshuffle positive prelu prod rad2deg reciprocal
+        reflection_pad1d reflection_pad2d reflection_pad3d relu relu6 repeat replication_pad1d replication_pad2d
+        replication_pad3d reshape rms_norm roll rot90 round rsqrt scalar_tensor scaled_dot_product_attention
+        scatter_add select_scatter selu sigmoid sign silu sin sinc sinh slice_scatter softplus softshrink sort
+        split_with_sizes sqrt square squeeze stack std sum t take_along_dim tan tanh threshold tile topk trace tril
+        triu trunc unfold unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d
+        upsample_nearest2d upsample_nearest3d upsample_trilinear3d var view view_as_real zeros zeros_like
     """,
     "Tensor": """
-        add bitwise_and bitwise_or bitwise_xor bucketize clamp clamp_max clamp_min div eq floor_divide fmod ge gt index le lt mul ne pow remainder rsub sub
-        split expand_as lerp fill isin
+        add bitwise_and bitwise_or bitwise_xor bucketize clamp clamp_max clamp_min div eq fill fmod ge gt index le
+        lerp lt masked_fill mul ne remainder rsub split sub
     """,
-    "Scalar": "add bitwise_and bitwise_or div eq fmod ge gt le lt lerp leaky_relu masked_fill mul ne pow remainder rsub sub where floor_divide",
-    "Tensor_mode": "div",
+    "Scalar": """
+        add bitwise_and bitwise_or div eq floor_divide fmod ge gt le lerp lt masked_fill mul ne pow remainder rsub sub
+        where
+    """,
+    "dim": "all any max mean median min squeeze std_mean",
+    "int": "log_softmax movedim select softmax transpose unbind unflatten",
+    "vec": """
+        upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d
+        upsample_nearest3d upsample_trilinear3d
+    """,
+    "correction": "std std_mean var var_mean",
+    "dims": "all any squeeze",
+    "padding": "conv1d conv2d conv3d",
+    "Tensor_Scalar": "isin pow",
+    "Tensor_Tensor": "isin pow",
+    "input": "conv_transpose2d conv_transpose3d",
+    "stable": "argsort sort",
+    "ScalarOpt_dim": "norm",
+    "ScalarOther": "where",
+    "ScalarSelf": "where",
     "Scalar_mode": "div",
-    "Tensor_Tensor": "pow isin",
-    "Tensor_Scalar": "pow isin",
-    "Scalar_Tensor": "pow",
-    "int": "select softmax log_softmax transpose split movedim unbind unflatten size repeat_interleave",
-    "self_int": "repeat_interleave",
-    "dim": "argsort cummax cummin max mean median min squeeze std_mean all any norm logcumsumexp sort",
-    "dims": "squeeze any all",
+    "Tensor_mode": "div",
+    "decimals": "round",
     "dim_IntList": "sum",
     "dim_int": "prod",
-    "dim_DimnameList": "",
-    "ScalarOpt_dim": "norm",
-    "self": "where",
-    "start": "arange",
-    "start_step": "arange",
-    "src": "scatter",
-    "value": "scatter",
-    "indexing": "meshgrid",
-    "correction": "std var std_mean var_mean",
-    "input": "conv_transpose2d conv_transpose3d",
-    "padding": "conv1d conv2d conv3d",
-    "vec": "upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_trilinear3d",
-    "decimals": "round",
     "dtype": "to",
     "dtype_layout": "to",
-    "ScalarSelf": "where",
-    "ScalarOther": "where",
+    "indexing": "meshgrid",
+    "self": "where",
     "self_Tensor": "repeat_interleave",
-    "stable": "sort argsort",
-    "values_stable": "",
+    "self_int": "repeat_interleave",
+    "src": "scatter",
+    "start": "arange",
+    "start_step": "arange",
     "using_ints": "flatten",
+    "value": "scatter",
 }
 
 
 def _overloads() -> frozenset[str]:
-    found: set[str] = set()
-    for overload, names in _OVERLOADS.items():
-        for name in names.split():
-            packet = getattr(torch.ops.aten, name, None)
-            if packet is not None and overload in packet.overloads():
-                found.add(f"aten.{name}.{overload}")
-    # Scalar-filling of one tensor and masked_fill exist under names that the loop's table does not reach.
-    for target in ("aten.masked_fill.Tensor", "aten.all.default", "aten.any.default"):
-        _, name, overload = target.split(".")
-        if overload in getattr(torch.ops.aten, name).overloads():
-            found.add(target)
-    return frozenset(found)
+    """The targets that this PyTorch has."""
+    return frozenset(
+        f"aten.{name}.{overload}"
+        for overload, names in _OVERLOADS.items()
+        for name in names.split()
+        if hasattr(torch.ops.aten, name) and overload in getattr(torch.ops.aten, name).overloads()
+    )
 
 
 TARGETS = _overloads()
@@ -161,15 +164,19 @@ def check_fallback(graph: Graph, node: Node) -> None:
         raise GraphError("fallback has at least one output")
     # One dry run on tensors without data finds shapes that contradict the declared ones before any memory is taken.
     for batch in (graph.fixed_batch,) if graph.fixed_batch else (2, 3):
-        inputs = [
-            torch.empty(
-                shape_at(graph.values[name].shape, batch), dtype=DTYPES[graph.values[name].dtype], device="meta"
-            )
-            for name in node.inputs
-        ]
-        args, kwargs = _decode_call(attrs, inputs, batch)
         try:
+            inputs = [
+                torch.empty(
+                    shape_at(graph.values[name].shape, batch),
+                    dtype=DTYPES[graph.values[name].dtype],
+                    device="meta",
+                )
+                for name in node.inputs
+            ]
+            args, kwargs = _decode_call(attrs, inputs, batch)
             results = _flat(function(*args, **kwargs))
+        except GraphError:
+            raise
         except NotImplementedError:
             return
         except Exception as error:

@@ -20,7 +20,9 @@ _PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_pr
 
 
 def node_flops(graph: Graph, node: Node, batch: int) -> int:
-    """Floating-point operations of one node as if it were dense; a multiply-add counts as two, an elementwise op as one per element.
+    """Floating-point operations of one node as if it were dense.
+
+    A multiply-add counts as two, an elementwise op as one per element.
 
     Args:
         graph: the graph that the node is from.

@@ -1,8 +1,9 @@
 """The graph: what a captured model is between PyTorch and the native plan.
 
-A graph is plain data: values (shape and dtype), nodes (an op, the values it reads and writes, the constants it uses, its attributes) and constants (tensors).
-Everything but the constants is JSON, so the graph is also what an ``.spx`` file stores; ``Graph.from_json`` therefore trusts nothing.
-The rules of each op (which inputs, parameters and attributes, which output shape) are in ``schema.py``, their meaning in ``reference.py``.
+A graph is plain data: values (shape and dtype), nodes (an op, the values it reads and writes, the constants it uses,
+its attributes) and constants (tensors). Everything but the constants is JSON, so the graph is also what an ``.spx``
+file stores; ``Graph.from_json`` therefore trusts nothing. The rules of each op (which inputs, parameters and
+attributes, which output shape) are in ``schema.py``, their meaning in ``reference.py``.
 """
 
 from __future__ import annotations
@@ -178,7 +179,10 @@ class Value:
 
 @dataclass
 class Node:
-    """One operation: ``inputs`` and ``outputs`` are value names, ``params`` maps a role to a constant's name, ``attrs`` is plain JSON."""
+    """One operation.
+
+    ``inputs`` and ``outputs`` are value names, ``params`` maps a role to a constant's name, ``attrs`` is plain JSON.
+    """
 
     name: str
     op: str
@@ -209,8 +213,10 @@ class Graph:
         nodes: in topological order.
         values: shape and dtype by value name.
         constants: tensors by name (weights, biases, folded tables).
-        structure: how the flat outputs make up what the model returned: an index, ``{"tuple": [...]}``, ``{"list": [...]}``, ``{"dict": {...}}`` or ``None``.
-        fixed_batch: the batch size the model was captured with when it could not be captured for every batch size, else None.
+        structure: how the flat outputs make up what the model returned: an index, ``{"tuple": [...]}``, ``{"list":
+            [...]}``, ``{"dict": {...}}`` or ``None``.
+        fixed_batch: the batch size the model was captured with when it could not be captured for every batch size,
+            else None.
     """
 
     inputs: list[str]
@@ -485,7 +491,8 @@ class Graph:
             raise GraphError(f"the graph's version must be a positive int, not {_short(version)}")
         if version > VERSION:
             raise GraphError(
-                f"the graph has version {version}; this sparse_engine reads up to version {VERSION}: install a newer sparse_engine"
+                f"the graph has version {version}; this sparse_engine reads up to version {VERSION}: install a newer "
+                f"sparse_engine"
             )
         if not isinstance(data["values"], dict) or len(data["values"]) > MAX_COUNT:
             raise GraphError(f"the graph's values must be an object of at most {MAX_COUNT} entries")

@@ -1,4 +1,4 @@
-"""Whether the samples of a batch can be told apart from beginning to end, so that a batch may be computed a few samples at a time."""
+"""Whether the samples of a batch stay apart, so that a batch may be computed a few samples at a time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from sparse_engine.convert.passes.constancy import dimension_groups
 def samples_are_independent(graph: Graph) -> bool:
     """True when every output sample depends on its own input sample only.
 
-    Every value that depends on the input must have one dimension that the samples lie along, and no op may combine entries along it. Fallback nodes are taken
-    to combine them.
+    Every value that depends on the input must have one dimension that the samples lie along, and no op may combine
+    entries along it. Fallback nodes are taken to combine them.
 
     Example::
 
@@ -28,7 +28,9 @@ def samples_are_independent(graph: Graph) -> bool:
     if any(graph.values[name].shape[axis] != Dim(1) or axis for name, axis in axes.items()):
         return False
     for node in graph.nodes:
-        if not any(name in axes for name in node.inputs) and not any(_varies(graph.values[name]) for name in node.outputs):
+        if not any(name in axes for name in node.inputs) and not any(
+            _varies(graph.values[name]) for name in node.outputs
+        ):
             continue
         found = _batch_axis(graph.values[node.outputs[0]])
         if found is None or _follow(graph, node, axes) != found:
@@ -60,7 +62,9 @@ def _follow(graph: Graph, node: Node, axes: dict[str, int]) -> int | None:
         return _batch_axis(graph.values[node.output])  # the same for every sample
     along = {axis for axis in read if axis is not None}
     # Tensors that are combined must have their samples along the same axis, counted from the front of the result.
-    if len(along) != 1 or any(axis is not None and own < rank for axis, own in zip(read, ranks, strict=True) if node.op in _BROADCAST):
+    if len(along) != 1 or any(
+        axis is not None and own < rank for axis, own in zip(read, ranks, strict=True) if node.op in _BROADCAST
+    ):
         return None
     (axis,) = along
     if node.op == "reshape":
@@ -103,7 +107,7 @@ def _keeps_apart(node: Node, axis: int, rank: int, read: list[int | None]) -> bo
 
 
 def _reshaped(graph: Graph, node: Node, axis: int) -> int | None:
-    """The samples stay apart when their dimension is the outermost of what is merged or split with it, before and after."""
+    """Samples stay apart when theirs is the outermost of the dimensions that are merged or split with it."""
     old, new = graph.values[node.inputs[0]].shape, graph.values[node.output].shape
     for before, after in dimension_groups(old, new) or []:
         if axis in before:

@@ -1,6 +1,7 @@
-"""What a user hands to ``convert``, made plain: a copy of the model in which every mask is permanent, in eval mode, in one dtype, on the CPU.
+"""What a user hands to ``convert``, made plain: all masks permanent, eval mode, one dtype, on the CPU; on a copy.
 
-The copy shares the tensors it does not change, so it costs memory only for what differs, and the user's model stays as it is.
+The copy shares the tensors it does not change, so it costs memory only for what differs, and the user's model stays as
+it is.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def prepare(model: nn.Module, weights: Weights | None = None, dtype: torch.dtype
         plain = prepare(model)                                   # masks multiplied in, eval mode
         plain = prepare(resnet50(), "pruned.safetensors")        # with a checkpoint's weights
 
-    Understood are ``torch.nn.utils.prune`` (``weight_orig`` and ``weight_mask``), ``torch.ao.pruning`` and every other parametrisation, the masks of
-    ``sparse_engine.prune``, and ``sparse_engine.nn``'s sparse modules.
+    Understood are ``torch.nn.utils.prune`` (``weight_orig`` and ``weight_mask``), ``torch.ao.pruning`` and every other
+    parametrisation, the masks of ``sparse_engine.prune``, and ``sparse_engine.nn``'s sparse modules.
 
     Args:
         model: any module; it is not changed.
@@ -70,7 +71,8 @@ def prepare_examples(example_inputs: Any, dtype: torch.dtype = torch.float32) ->
     items: Sequence[Any] = [example_inputs] if isinstance(example_inputs, (Tensor, numpy.ndarray)) else example_inputs
     if not isinstance(items, (list, tuple)) or not items:
         raise ShapeError(
-            f"example_inputs must be a tuple of tensors, one per argument of the model, not {type(example_inputs).__name__}"
+            f"example_inputs must be a tuple of tensors, one per argument of the model, not "
+            f"{type(example_inputs).__name__}"
         )
     result = []
     for index, item in enumerate(items):
@@ -86,7 +88,7 @@ def prepare_examples(example_inputs: Any, dtype: torch.dtype = torch.float32) ->
 
 
 def share_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree whose parameters and buffers are the same tensor objects; buffers are copied, since a forward may write them."""
+    """A copy of the module tree with the same parameter objects; buffers are copied, since a forward may write them."""
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     for module in model.modules():
         # torch.nn.utils.prune leaves computed weights behind, which deepcopy refuses.
@@ -101,7 +103,8 @@ def share_copy(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo=memo)
     except Exception as error:
         raise ConvertError(
-            f"the model cannot be copied ({type(error).__name__}: {error}); convert needs a model that copy.deepcopy takes"
+            f"the model cannot be copied ({type(error).__name__}: {error}); convert needs a model that "
+            f"copy.deepcopy takes"
         ) from error
 
 

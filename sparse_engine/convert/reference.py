@@ -1,6 +1,7 @@
 """What every op means, in plain PyTorch: the oracle for the native runtime, and the way to run a graph without it.
 
-Each function takes the node's input tensors, its parameters by role and its attributes, and returns one tensor. `run` evaluates a whole graph.
+Each function takes the node's input tensors, its parameters by role and its attributes, and returns one tensor. `run`
+evaluates a whole graph.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ``executable.report`` and ``executable.benchmark`` return: plain data that prints as tables and turns into JSON."""
+"""What ``executable.report`` and ``executable.benchmark`` return: plain data that prints as tables."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class Report:
         sparsity: fraction of zeros over all weights of linear operators, before dead channels were removed.
         bytes_before: of the model's parameters and buffers.
         bytes_after: of the executable's packed constants.
-        max_error: largest difference from the model on the example inputs, relative to the output's largest magnitude; None when not verified.
+        max_error: largest difference from the model on the example inputs, relative to the output's largest magnitude;
+            None when not verified.
         bound: the bound that error was held against.
         batch: batch size of the example inputs.
         batch_sizes: "any", or why only one batch size is captured.
@@ -99,20 +100,20 @@ class Report:
 
     def __str__(self) -> str:
         rows = [("layer", "op", "output", "structure", "sparsity", "kernel", "ms", "dense ms", "reason")]
-        for layer in self.layers:
-            rows.append(
-                (
-                    layer.name,
-                    layer.op,
-                    "×".join(map(str, layer.shape)),
-                    layer.structure or "",
-                    "" if layer.sparsity is None else f"{layer.sparsity:.1%}",
-                    layer.kernel,
-                    _milliseconds(layer.ms),
-                    _milliseconds(layer.dense_ms),
-                    layer.reason,
-                )
+        rows.extend(
+            (
+                layer.name,
+                layer.op,
+                "×".join(map(str, layer.shape)),
+                layer.structure or "",
+                "" if layer.sparsity is None else f"{layer.sparsity:.1%}",
+                layer.kernel,
+                _milliseconds(layer.ms),
+                _milliseconds(layer.dense_ms),
+                layer.reason,
             )
+            for layer in self.layers
+        )
         lines = [_table(rows), ""]
         smaller = (
             f" ({self.bytes_before / self.bytes_after:.1f}× smaller)"
@@ -120,7 +121,8 @@ class Report:
             else ""
         )
         lines.append(
-            f"weights: {self.sparsity:.1%} zeros, {_bytes(self.bytes_before)} before, {_bytes(self.bytes_after)} packed{smaller}"
+            f"weights: {self.sparsity:.1%} zeros, {_bytes(self.bytes_before)} before, {_bytes(self.bytes_after)} "
+            f"packed{smaller}"
         )
         lines.append(f"work: {self.native_share:.1%} of the dense FLOPs run natively")
         if self.removed_channels:

@@ -1,7 +1,8 @@
 """The rules of every op: which inputs, parameters and attributes it takes, and the shape of what it returns.
 
-``infer`` is used in two ways: to build nodes (capture and the passes ask it for the output's shape) and to check them (a graph from a file must declare exactly
-the shapes that follow from its inputs). It is total: whatever the attributes hold, the answer is a shape or a GraphError.
+``infer`` is used in two ways: to build nodes (capture and the passes ask it for the output's shape) and to check them
+(a graph from a file must declare exactly the shapes that follow from its inputs). It is total: whatever the attributes
+hold, the answer is a shape or a GraphError.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def infer(op: str, inputs: Sequence[Value], params: Mapping[str, Tensor], attrs:
         raise GraphError(f"{op}: missing parameters {sorted(missing)}, unknown parameters {sorted(extra)}")
     if attrs.keys() != rule.attrs:
         raise GraphError(
-            f"{op}: missing attributes {sorted(rule.attrs - attrs.keys())}, unknown attributes {sorted(attrs.keys() - rule.attrs)}"
+            f"{op}: missing attributes {sorted(rule.attrs - attrs.keys())}, unknown attributes "
+            f"{sorted(attrs.keys() - rule.attrs)}"
         )
     if op != "constant":
         dtypes = {value.dtype for value in inputs} | {DTYPE_NAMES.get(tensor.dtype, "?") for tensor in params.values()}
@@ -163,7 +165,8 @@ def _conv2d(request: Request) -> Shape:
     outputs, per_group, *kernel = weight.shape
     if not is_int(groups) or groups < 1 or outputs % groups or channels != per_group * groups:
         raise GraphError(
-            f"conv2d: {channels} input channels, a weight of shape {tuple(weight.shape)} and groups = {groups!r:.20} do not fit"
+            f"conv2d: {channels} input channels, a weight of shape {tuple(weight.shape)} and groups = "
+            f"{groups!r:.20} do not fit"
         )
     _one_dimensional(request.params.get("bias"), outputs, "conv2d: the bias")
     out_height = _window(height, kernel[0], stride[0], padding[0] + padding[2], dilation[0], False, padding[0])
@@ -296,7 +299,8 @@ def _layer_norm(request: Request) -> Shape:
     for role in request.params:
         if tuple(request.params[role].shape) != shape[-count:]:
             raise GraphError(
-                f"layer_norm: the {role} of shape {tuple(request.params[role].shape)} does not fit {format_shape(shape)}"
+                f"layer_norm: the {role} of shape {tuple(request.params[role].shape)} does not fit "
+                f"{format_shape(shape)}"
             )
     return shape
 
@@ -386,7 +390,7 @@ def _constant(request: Request) -> Shape:
 
 @dataclass(frozen=True)
 class Rule:
-    """What an op takes: how many inputs, which parameters, which attributes; and the function that checks them and gives the shape."""
+    """What an op takes (inputs, parameters, attributes), and the function that checks them and gives the shape."""
 
     shape: Callable[[Request], Shape]
     inputs: tuple[int, int]
@@ -429,7 +433,7 @@ RULES: dict[str, Rule] = {
 
 
 def broadcast(a: Shape, b: Shape) -> Shape:
-    """PyTorch's broadcasting for shapes that may depend on the batch size; raises GraphError where it can't be decided or doesn't fit."""
+    """PyTorch's broadcasting, for shapes that may depend on the batch size; raises GraphError where it doesn't fit."""
     result: list[Size] = []
     rank = max(len(a), len(b))
     for left, right in zip((1,) * (rank - len(a)) + a, (1,) * (rank - len(b)) + b, strict=True):
@@ -464,7 +468,8 @@ def _window(size: Size, kernel: int, stride: int, padding: int, dilation: int, c
 def _with_residual(request: Request, shape: Shape) -> Shape:
     if len(request.inputs) == 2 and request.inputs[1].shape != shape:
         raise GraphError(
-            f"{request.op}: the residual has shape {format_shape(request.inputs[1].shape)}, the result {format_shape(shape)}"
+            f"{request.op}: the residual has shape {format_shape(request.inputs[1].shape)}, the result "
+            f"{format_shape(shape)}"
         )
     return shape
 

@@ -253,7 +253,7 @@ def test_a_file_with_a_broken_graph_is_refused(executable: Executable, tmp_path:
     data = executable.graph.to_json()
     data["nodes"][0]["attrs"]["stride"] = [0, 0]
     write_spx(tmp_path / "model.spx", data, executable.graph.constants)
-    with pytest.raises(FileFormatError, match="model.spx.*stride"):
+    with pytest.raises(FileFormatError, match=r"model\.spx.*stride"):
         se.load(tmp_path / "model.spx")
 
 

@@ -200,7 +200,26 @@ def _places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @given(seed=st.integers(0, 2**32 - 1), changes=st.integers(1, 3))
 def test_random_damage_gives_one_kind_of_error_or_a_graph_that_runs(graph: Graph, seed: int, changes: int) -> None:
-    pieces = [None, True, -1, 0, 1, 2, 7, 2**31, 2**70, 0.5, float("nan"), "", "x", "relu", [], [0], {}, {"kind": "relu"}]
+    pieces = [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        2,
+        7,
+        2**31,
+        2**70,
+        0.5,
+        float("nan"),
+        "",
+        "x",
+        "relu",
+        [],
+        [0],
+        {},
+        {"kind": "relu"},
+    ]
     generator = random.Random(seed)
     for _ in range(20):
         data = copy.deepcopy(graph.to_json())

@@ -1,4 +1,4 @@
-"""What users hand in: masks of every kind made permanent on a copy, checkpoints loaded into it, the user's model untouched."""
+"""What users hand in: masks made permanent on a copy, checkpoints loaded into it, the user's model untouched."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_masked_state_dicts() -> None:
 
 
 def test_a_checkpoint_of_another_model_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="0.weight"):
+    with pytest.raises(CheckpointError, match=r"0\.weight"):
         se.convert(network(), X, weights={"0.weight": torch.zeros(3, 3)})
 
 
@@ -198,5 +198,5 @@ def test_examples() -> None:
 
 
 def test_what_is_no_model_is_refused() -> None:
-    with pytest.raises(ConvertError, match="takes a torch.nn.Module, not function"):
+    with pytest.raises(ConvertError, match=r"takes a torch\.nn\.Module, not function"):
         se.convert(lambda x: x, X)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The schema's shapes against what PyTorch returns, for random attributes; and the less obvious ops against their definitions."""
+"""The schema's shapes against PyTorch's, for random attributes; and the less obvious ops against their definitions."""
 
 from __future__ import annotations
 

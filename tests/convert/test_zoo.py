@@ -45,7 +45,7 @@ def test_models(case: Case) -> None:
     ids=lambda case: case.name,
 )
 def test_passes_are_exact(case: Case) -> None:
-    """In double precision the optimised graph differs from the captured one by rounding only, dead channels included."""
+    """In double precision the optimised graph differs by rounding only, dead channels included."""
     model = build(case)
     with torch.no_grad():
         for module in model.modules():

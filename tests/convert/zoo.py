@@ -87,7 +87,7 @@ def torchvision_models() -> ModuleType:
 
 
 def build(case: Case, sparsity: float = 0.9, seed: int = 0) -> nn.Module:
-    """The case's model in eval mode, with statistics that matter, no parameter left at a neutral value, and pruned weights."""
+    """The case's model in eval mode, pruned, with statistics that matter and no parameter at a neutral value."""
     torch.manual_seed(seed)
     model = case.build(torchvision_models()).eval()
     randomise_(model)

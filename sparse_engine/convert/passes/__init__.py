@@ -1,6 +1,7 @@
 """Rewrites of a graph that keep what it computes.
 
-Each pass is one function ``pass(graph) -> int``: it changes the graph in place and returns how many rewrites it made. `optimise` runs them in order on a copy.
+Each pass is one function ``pass(graph) -> int``: it changes the graph in place and returns how many rewrites it made.
+`optimise` runs them in order on a copy.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What is constant whatever the input: for each value, which channels always hold one number, and which.
 
-A fact about a value is two arrays that broadcast to its shape, in which a dimension is either whole or of size one ("the same everywhere along it"); the
-batch dimension is always of size one. Facts start at all-zero weight rows and constants and are pushed through every op that keeps them.
-Multiplication takes 0 · x as 0, which holds for every finite x.
+A fact about a value is two arrays that broadcast to its shape, in which a dimension is either whole or of size one
+("the same everywhere along it"); the batch dimension is always of size one. Facts start at all-zero weight rows and
+constants and are pushed through every op that keeps them. Multiplication takes 0 · x as 0, which holds for every finite
+x.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _LARGEST = 2**22  # elements of a fact; larger ones are forgotten
 
 @dataclass(frozen=True)
 class Fact:
-    """``value[...] == number[...]`` wherever ``known[...]``; both broadcast to the value's shape (unknown numbers are 0)."""
+    """``value[...] == number[...]`` wherever ``known[...]``; both broadcast to the value's shape."""
 
     known: Tensor
     number: Tensor

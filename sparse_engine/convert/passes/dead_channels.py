@@ -2,10 +2,12 @@
 
 Two steps, repeated until nothing changes:
 
-1. A channel that always holds one number (an all-zero weight row is its bias; see ``constancy.py``) is added to the bias of the operators that read it, and
-   their weights for it become zero. Where zero padding comes between, the border would see 0 instead of the number, so the channel stays unless it is 0.
-2. A channel that no operator reads is cut out of everything that it passes through: rows, columns, batch norm, depthwise filters, residual sums, concatenations.
-   Channels that leave the region in which this can be followed (reshapes other than flattening, norms over channels, matmul, outputs, fallbacks) stay.
+1. A channel that always holds one number (an all-zero weight row is its bias; see ``constancy.py``) is added to the
+   bias of the operators that read it, and their weights for it become zero. Where zero padding comes between, the
+   border would see 0 instead of the number, so the channel stays unless it is 0.
+2. A channel that no operator reads is cut out of everything that it passes through: rows, columns, batch norm,
+   depthwise filters, residual sums, concatenations. Channels that leave the region in which this can be followed
+   (reshapes other than flattening, norms over channels, matmul, outputs, fallbacks) stay.
 """
 
 from __future__ import annotations
@@ -213,9 +215,7 @@ def _assign_axis(flow: _Flow, node: Node) -> None:
             return
     elif node.op == "reshape":
         axis = axis if axis is not None and _flattening(flow, node) is not None else None
-    elif node.op not in _SAME:
-        return
-    elif node.op == "affine" and node.attrs["axis"] != axis:
+    elif node.op not in _SAME or (node.op == "affine" and node.attrs["axis"] != axis):
         return
     if axis is not None:
         flow.follow(out, axis)

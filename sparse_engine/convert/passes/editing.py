@@ -51,7 +51,7 @@ class Editor:
             node.params[role] = self.graph.add_constant(old, tensor.to(dtype))
 
     def take_over(self, node: Node, follower: Node) -> None:
-        """Let `node` write the output of `follower` (its only reader) and drop `follower`; `node` moves to the follower's place."""
+        """Let `node` take the place and the output of `follower`, its only reader, which is dropped."""
         del self.producer[node.output]
         for name in follower.inputs:
             self.uses[name] -= 1

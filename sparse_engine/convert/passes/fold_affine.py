@@ -1,7 +1,8 @@
 """Fold batch norm, and every other per-channel scale and shift, into the linear operator beside it.
 
-``affine(W x + b) = (scale · W) x + (scale · b + shift)`` always; ``W affine(x) + b = (W · scale) x + (b + W shift)`` where no zero padding comes between: in a
-padded border the operator reads 0, which is not what the affine would have given. A zero weight stays zero, so the pattern does not change.
+``affine(W x + b) = (scale · W) x + (scale · b + shift)`` always; ``W affine(x) + b = (W · scale) x + (b + W shift)``
+where no zero padding comes between: in a padded border the operator reads 0, which is not what the affine would have
+given. A zero weight stays zero, so the pattern does not change.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def fold_affine(graph: Graph) -> int:
 
 
 def _to_affine(graph: Graph) -> int:
-    """Write arithmetic with a number or a per-channel constant as an affine, where a linear operator is there to take it."""
+    """Write arithmetic with numbers or per-channel constants as an affine, behind operators that can take it."""
     editor, count = Editor(graph), 0
     for node in graph.nodes:
         if node.op not in ("scalar", "binary"):
@@ -97,7 +98,7 @@ def _binary_affine(editor: Editor, node: Node) -> tuple[str, int, Tensor, Tensor
 
 
 def _operator_axis(editor: Editor, name: str) -> int | None:
-    """The channel axis of a value that comes from a linear operator (perhaps through a permute) that can still take an affine."""
+    """The channel axis of a value whose linear operator (perhaps behind a permute) can still take an affine."""
     node = editor.source(name, "conv2d", "linear", "affine", "permute")
     if node is None:
         return None

@@ -1,8 +1,9 @@
 """Fuse what follows a linear operator into it: ``activation(op(x) + bias + residual)``.
 
-An addition becomes the residual where the operator's result is read by nothing else, has no activation yet, and both sides have the same shape. Of two operators
-that are added, the later one takes the other as its residual. An activation follows; elementwise nodes take activations too.
-A permute between operator and addition is moved behind it (activations are stored channel-major, so it costs nothing).
+An addition becomes the residual where the operator's result is read by nothing else, has no activation yet, and both
+sides have the same shape. Of two operators that are added, the later one takes the other as its residual. An activation
+follows; elementwise nodes take activations too. A permute between operator and addition is moved behind it (activations
+are stored channel-major, so it costs nothing).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Recognise functions that a model spells out: hard-sigmoid, hard-swish, SiLU and GELU as products, attention as matmul, softmax and matmul."""
+"""Recognise functions that a model spells out: activations as products, attention as matmul, softmax and matmul."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _flatten(editor: Editor, node: Node) -> _Product | None:
     """A tree of products as one, through intermediate values that nobody else reads."""
     if node.op == "scalar":
         kind, value = node.attrs["kind"], node.attrs["value"]
-        if kind not in ("mul", "div") or node.attrs["reverse"] and kind == "div" or (kind == "div" and value == 0):
+        if kind not in ("mul", "div") or (node.attrs["reverse"] and kind == "div") or (kind == "div" and value == 0):
             return None
         inner = _flatten_value(editor, node.inputs[0])
         return _Product(inner.factor * (value if kind == "mul" else 1 / value), inner.values)
@@ -133,7 +133,7 @@ def _relu6_of_plus_three(editor: Editor, name: str) -> str | None:
 def _plus(editor: Editor, name: str, value: float) -> str | None:
     """x where the value is x + value, else None."""
     node = editor.producer.get(name)
-    if node is None or node.op != "scalar" or node.attrs["reverse"] and node.attrs["kind"] != "add":
+    if node is None or node.op != "scalar" or (node.attrs["reverse"] and node.attrs["kind"] != "add"):
         return None
     if node.attrs["kind"] not in ("add", "sub"):
         return None

@@ -1,4 +1,4 @@
-"""Remove what computes nothing: movement that moves nothing, arithmetic with neutral numbers, repeated work, work on constants."""
+"""Remove what computes nothing: neutral movement and arithmetic, repeated work, work on constants."""
 
 from __future__ import annotations
 
