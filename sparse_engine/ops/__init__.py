@@ -1,6 +1,7 @@
 """Mathematical functions with one schema, one readable reference and any number of backends each."""
 
 from sparse_engine.ops import registry
+from sparse_engine.ops.kd_loss import KDRows, kd_rows
 from sparse_engine.ops.pattern import Pattern
 from sparse_engine.ops.registry import explain
 from sparse_engine.ops.sparse_conv2d import sparse_conv2d
@@ -8,4 +9,4 @@ from sparse_engine.ops.sparse_linear import sparse_linear
 
 from sparse_engine.ops import gpu as _gpu_candidates  # isort: skip  (registers them)
 
-__all__ = ["Pattern", "explain", "registry", "sparse_conv2d", "sparse_linear"]
+__all__ = ["KDRows", "Pattern", "explain", "kd_rows", "registry", "sparse_conv2d", "sparse_linear"]

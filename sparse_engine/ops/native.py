@@ -52,9 +52,9 @@ def why_not_extension(*names: str) -> list[str]:
     return [f"this build of the C++ extension has no {name}" for name in names if not hasattr(_extension, name)]
 
 
-def why_not_float32_cpu(cols: torch.Tensor, **tensors: torch.Tensor | None) -> list[str]:
+def why_not_float32_cpu(cols: torch.Tensor | None, **tensors: torch.Tensor | None) -> list[str]:
     """Say which tensors are not float32 on the CPU, and whether the pattern is elsewhere."""
-    reasons = [] if cols.device.type == "cpu" else [f"the pattern is on {cols.device}, not on the CPU"]
+    reasons = [] if cols is None or cols.device.type == "cpu" else [f"the pattern is on {cols.device}, not on the CPU"]
     for name, tensor in tensors.items():
         if tensor is None:
             continue

@@ -52,13 +52,28 @@ def test_estimate_converts_what_pays_and_says_why():
     why = reasons(report)
     assert "times as fast" in why["3"]
     assert "1728 weights" in why["0"]
-    assert "0.57 times as fast" in why["8"]
+    assert "0.86 times as fast" in why["8"]
     assert why["9"] == "no exact zeros"
     torch.testing.assert_close(model(x), expected)
     assert "2 of 5 layers are sparse now" in str(report)
     assert json.loads(report.to_json())["layers"][1]["sparsity"] == pytest.approx(0.95, abs=0.01)
     line = report.layers[1]
     assert line.sparse_bytes < 0.2 * line.dense_bytes
+
+
+def test_training_is_estimated_apart():
+    model = nn.Sequential(zeroed(nn.Linear(256, 256), 0.5))
+    assert not sparsify_(model).converted
+    assert sparsify_(model.eval()).converted == ["0"]
+
+
+def test_what_no_sparse_kernel_takes_stays_dense():
+    model = nn.Sequential(zeroed(nn.Linear(256, 256), 0.9)).double()
+    report = sparsify_(model)
+    assert not report.converted
+    assert "torch.float64" in reasons(report)["0"]
+    depthwise = nn.Sequential(zeroed(nn.Conv2d(512, 512, 3, groups=512), 0.9))
+    assert "9 inputs to each output" in reasons(sparsify_(depthwise))["0"]
 
 
 def test_force_converts_what_has_zeros():
