@@ -22,6 +22,9 @@ from typing import Any
 from bench import results_io
 
 ROOT = Path(__file__).parent.parent
+# Results that another command makes a page of: single runs, not a table.
+ELSEWHERE = {"reproduction"}
+_LIBRARIES = ("sparse_engine", "torch")  # the whole list is in the file
 _REGION = re.compile(r"(<!-- table: (?P<spec>[^\n]*?) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -93,9 +96,7 @@ def origin(result: dict[str, Any]) -> str:
     machine = device.get("gpu") or device.get("cpu", "unknown processor")
     if "gpu" not in device and "cpus" in device:
         machine += f", {device['cpus']} cores"
-    used = ", ".join(
-        f"{name} {version}" for name, version in result["versions"].items() if name not in ("python", "numpy")
-    )
+    used = ", ".join(f"{name} {result['versions'][name]}" for name in _LIBRARIES if name in result["versions"])
     return f"<sub>{machine}; {used}; {result['date']} UTC; `{result['command']}`</sub>"
 
 
@@ -108,11 +109,13 @@ def results_page(folder: Path = results_io.RESULTS) -> str:
     """The text of docs/results.md: every result, in the order of their names."""
     parts = [
         "# Results",
-        "Every table is made by `python -m bench.tables` from the files in `bench/results/`, which the command under "
-        "each table writes.",
+        (
+            "Every table is made by `python -m bench.tables` from the files in `bench/results/`, which the command "
+            "under each table writes."
+        ),
     ]
-    names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.json"))
-    for name in names:
+    names = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.json")}
+    for name in sorted(names - ELSEWHERE):
         result = results_io.read(name, folder)
         if not result["rows"]:
             continue
