@@ -27,9 +27,11 @@ from bench import results_io
 from bench.engines import PEERS, contenders, make_environment, take_turns
 from bench.networks import IMAGE, NETWORKS, pruned_network, write_onnx
 from bench.peak import peak_gflops
+from bench.rows import merged
 
 WORK = results_io.RESULTS.parent.parent / "build" / "bench" / "networks"
 PLOT = results_io.RESULTS.parent.parent / "docs" / "networks_cpu.svg"
+engine_versions: dict[str, str] = {}
 CASES = [
     *((network, 0.9, (1, 1), batch) for network in NETWORKS for batch in (1, 16)),
     *(("resnet50", sparsity, (1, 1), batch) for sparsity in (0.8, 0.95) for batch in (1, 16)),
@@ -68,7 +70,7 @@ def sparse_gflop(file: Path) -> float:
 def measure(case: tuple[str, float, tuple[int, int], int], options: argparse.Namespace, peak: float) -> dict[str, Any]:
     network, sparsity, block, batch = case
     stem = prepare(network, sparsity, block, batch, options.engines_python)
-    spx = stem.with_suffix(".spx")
+    spx = stem.with_name(f"{stem.name}_t{options.threads}.spx")
     if options.reconvert or not spx.exists():
         arguments = [network, sparsity, *block, batch, options.threads, spx]
         subprocess.run([sys.executable, "-m", "bench.peers", "--convert", *map(str, arguments)], check=True)
@@ -83,10 +85,7 @@ def measure(case: tuple[str, float, tuple[int, int], int], options: argparse.Nam
         times = take_turns(ready, rounds=options.rounds, seconds=options.seconds, calls=options.calls, warm=0.2)
         found_versions = {label: contender.version for label, contender in ready.items()}
     ms = {label: summary["median_ms"] for label, summary in times.items()}
-    print(
-        {label: (round(s["median_ms"], 2), round(s["best_ms"], 2)) for label, s in times.items()},
-        "(median, best round)",
-    )
+    print("median, best round:", {k: (round(s["median_ms"], 2), round(s["best_ms"], 2)) for k, s in times.items()})
     peers = {label: value for label, value in ms.items() if label != "ours"}
     gflop = sparse_gflop(spx)
     row: dict[str, Any] = {
@@ -94,6 +93,7 @@ def measure(case: tuple[str, float, tuple[int, int], int], options: argparse.Nam
         "sparsity_%": round(100 * sparsity),
         "structure": "unstructured" if block == (1, 1) else f"{block[0]}x{block[1]} blocks",
         "batch": batch,
+        "threads": options.threads,
         **{f"{engine}_ms": ms.get(engine) for engine in PEERS},
         "ours_ms": ms["ours"],
         "best_peer": min(peers, key=peers.__getitem__) if peers else None,
@@ -104,7 +104,7 @@ def measure(case: tuple[str, float, tuple[int, int], int], options: argparse.Nam
         "largest_difference": disagreement(outputs, found_versions),
         "measured": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
     }
-    row["engine_versions"] = ", ".join(f"{k} {v}" for k, v in found_versions.items() if k != "ours")
+    engine_versions.update({label: version for label, version in found_versions.items() if label != "ours"})
     return row
 
 
@@ -117,27 +117,26 @@ def disagreement(outputs: Path, labels: Any) -> float | None:
     return min(float(abs(ours - other).max() / abs(other).max()) for other in found.values())
 
 
-def write(rows: list[dict[str, Any]], threads: int, peak: float) -> None:
-    order = {(n, round(100 * s), "unstructured" if b == (1, 1) else f"{b[0]}x{b[1]} blocks", batch): i
-             for i, (n, s, b, batch) in enumerate(CASES)}  # fmt: skip
-    keys = ("network", "sparsity_%", "structure", "batch")
-    try:
-        old = results_io.read("networks_cpu")["rows"]
-    except FileNotFoundError:
-        old = []
-    table = {tuple(row[key] for key in keys): row for row in [*old, *rows]}
-    final = sorted(table.values(), key=lambda row: order.get(tuple(row[key] for key in keys), len(order)))
+def write(rows: list[dict[str, Any]], peak: float) -> None:
+    keys = ("network", "sparsity_%", "structure", "batch", "threads")
+    final = sorted(merged("networks_cpu", rows, keys), key=_place)
     results_io.write(
         "networks_cpu",
         rows=final,
         claim="Whole pruned networks, fp32: our executable beside the other engines on the same weights.",
         command="python -m bench.peers --engines-python ENGINES/bin/python",
-        notes=f"{threads} threads; every engine in a process of its own, in turns, the others stopped; ms per call, "
+        notes="Every engine in a process of its own, in turns, the others stopped; ms per call, "
         "median over rounds of each round's median. Share of peak: operations left when zeros are skipped, over the "
         f"fused multiply-add peak measured in the same run ({peak:.0f} GFLOP/s in the last one). Largest difference: "
-        "between our output and the nearest peer's, relative to the output's scale.",
+        "between our output and the nearest peer's, relative to the output's scale. Engines: "
+        + ", ".join(f"{engine} {version}" for engine, version in sorted(engine_versions.items()))
+        + ".",
     )
     plot(final)
+
+
+def _place(row: dict[str, Any]) -> tuple[int, float, str, int, int]:
+    return NETWORKS.index(row["network"]), row["sparsity_%"], row["structure"], row["threads"], row["batch"]
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
@@ -150,7 +149,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
     figure, axes = pyplot.subplots(2, 1, figsize=(11, 7))
     colours = {"onnxruntime": "#8da0cb", "openvino": "#66c2a5", "deepsparse": "#fc8d62", "ours": "#222222"}
     for axis, batch in zip(axes, (1, 16), strict=True):
-        chosen = [row for row in rows if row["batch"] == batch]
+        chosen = [row for row in rows if row["batch"] == batch and row["threads"] == os.cpu_count()]
         for place, (engine, colour) in enumerate(colours.items()):
             values = [(row.get(f"{engine}_ms") or 0) / row["ours_ms"] for row in chosen]
             positions = [i + 0.2 * (place - 1.5) for i in range(len(chosen))]
@@ -198,8 +197,8 @@ def main() -> None:
     peak = peak_gflops(options.threads)
     for case in chosen:
         row = measure(case, options, peak)
-        print({key: value for key, value in row.items() if key != "engine_versions"}, flush=True)
-        write([row], options.threads, peak)
+        print(row, flush=True)
+        write([row], peak)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import sparse_engine as se
 from bench import results_io
 from bench.engines import contenders, make_environment, take_turns
+from bench.rows import merged
 from sparse_engine.io import load_state, read_checkpoint, write_checkpoint
 from sparse_engine.train.data import ArrayData, load_data
 from sparse_engine.train.models import build
@@ -37,7 +38,7 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 class SqueezeNet(nn.Module):
-    """SqueezeNet 1.0 with the layer names of its Caffe definition (arXiv 1602.07360); pooling rounds up, as Caffe does."""
+    """SqueezeNet 1.0 (arXiv 1602.07360) with the layer names of its Caffe definition; pooling rounds up, as there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -273,7 +274,7 @@ def run_accuracy(only: str, tune: bool) -> None:
         rows=rows,
         claim="Converted checkpoints predict what the PyTorch models predict, image by image.",
         command="python -m bench.real accuracy",
-        notes="CIFAR-10 and MNIST: the whole test set, batches of 500. SqueezeNet has no labels here: 64 random inputs. "
+        notes="CIFAR-10 and MNIST: the whole test set, batches of 500. SqueezeNet has no labels: 64 random inputs. "
         "The networks at 80, 90 and 95 % were pruned by global magnitude and fine-tuned under the mask by "
         "`python -m bench.real prune`.",
     )
@@ -283,7 +284,7 @@ def run_accuracy(only: str, tune: bool) -> None:
 
 
 def measure_speed(case: Case, batch: int, engines_python: Path | None, threads: int, rounds: int) -> dict[str, object]:
-    """Latency per image of the executable, of PyTorch and, where an environment is given, of ONNX Runtime; sizes on disk."""
+    """Latency per image of the executable, of PyTorch and (given an environment) of ONNX Runtime; sizes on disk."""
     WORK.mkdir(parents=True, exist_ok=True)
     model = case.model()
     x = torch.randn(batch, *case.shape, generator=torch.Generator().manual_seed(0))
@@ -331,17 +332,6 @@ def measure_speed(case: Case, batch: int, engines_python: Path | None, threads: 
     return row
 
 
-def merged(name: str, rows: list[dict[str, object]], keys: tuple[str, ...]) -> list[dict[str, object]]:
-    """New rows in the place of old ones with the same keys; the others stay."""
-    try:
-        old = results_io.read(name)["rows"]
-    except FileNotFoundError:
-        old = []
-    found = {tuple(row[key] for key in keys): row for row in old}
-    found |= {tuple(row[key] for key in keys): row for row in rows}
-    return list(found.values())
-
-
 def run_speed(only: str, batches: list[int], engines_python: Path | None, threads: int, rounds: int) -> None:
     for case in cases():
         if only not in case.name:
@@ -354,7 +344,7 @@ def run_speed(only: str, batches: list[int], engines_python: Path | None, thread
             rows=merged("real_speed", rows, ("model", "batch")),
             claim="Real pruned checkpoints run faster and take less room than the dense libraries' versions of them.",
             command="python -m bench.real speed --engines-python ENGINES/bin/python",
-            notes=f"{threads} threads; engines in processes of their own, in turns; median over {rounds} rounds. Sizes: "
+            notes=f"{threads} threads; engines in processes of their own, in turns; median of {rounds} rounds. Sizes: "
             "the state dict's tensors, and the .spx file with graph and report.",
         )
 

@@ -1,0 +1,54 @@
+"""All measurements in turn, each in a process of its own: ``python -m bench [--quick]``, or ``make bench``.
+
+Engines to compare with and real data are used where they are: ``--engines-python`` (or $SPARSE_ENGINE_PEERS) names the
+interpreter of an environment that holds ONNX Runtime, OpenVINO and DeepSparse, $SPARSE_ENGINE_DATA the data folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few points of each, in a few minutes")
+    parser.add_argument("--only", nargs="+", default=[], help="parts whose name contains one of these")
+    parser.add_argument("--engines-python", default=os.environ.get("SPARSE_ENGINE_PEERS"))
+    options = parser.parse_args()
+    quick = ["--quick"] if options.quick else []
+    peers = ["--engines-python", options.engines_python] if options.engines_python else []
+    parts: dict[str, list[str]] = {
+        "overhead": ["bench.runtime", *quick, "overhead"],
+        "memory": ["bench.runtime", "memory"],
+        "threads": ["bench.runtime", *quick, "threads"],
+        "layers": ["bench.kernels", *quick, "layers"],
+        "losses": ["bench.training", *quick, "losses"],
+        "training": ["bench.training", *quick, "steps"],
+    }
+    if os.environ.get("SPARSE_ENGINE_DATA"):
+        parts["dlmc"] = ["bench.kernels", *quick, "dlmc"]
+        parts["real accuracy"] = ["bench.real", "accuracy"]
+        parts["real speed"] = ["bench.real", "speed", *peers, *(["--batch", "1", "--rounds", "3"] if quick else [])]
+    if peers:
+        some = ["--only", "resnet50_90", "--rounds", "3"] if quick else ["--rounds", "4"]
+        parts["networks"] = ["bench.peers", *peers, *some]
+    failed = []
+    for name, command in parts.items():
+        if options.only and not any(part in name for part in options.only):
+            continue
+        begin = time.perf_counter()
+        print(f"== {name}", flush=True)
+        if subprocess.run([sys.executable, "-W", "ignore", "-m", *command]).returncode != 0:
+            failed.append(name)
+        print(f"== {name}: {time.perf_counter() - begin:.0f} s", flush=True)
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

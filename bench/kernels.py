@@ -1,0 +1,430 @@
+"""Single layers beside the best dense library and torch's CSR product, over shapes, sparsities and structures.
+
+    python -m bench.kernels layers            the sweep; --only resnet50 limits it, rows of the others stay
+    python -m bench.kernels dlmc              the magnitude-pruned matrices in $SPARSE_ENGINE_DATA/dlmc
+    python -m bench.kernels --quick layers    fewer shapes and sparsities, shorter
+
+Write bench/results/layers.json, layers_break_even.json and dlmc.json, and the plot docs/layers.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import sparse_engine as se
+from bench import results_io
+from bench.networks import magnitude_mask
+from bench.peak import peak_gflops, peak_source
+from bench.rows import merged
+
+PLOT = results_io.RESULTS.parent.parent / "docs" / "layers.svg"
+PAIRS = {"2:4": (2, 4), "1:4": (1, 4), "1:8": (1, 8), "1:16": (1, 16)}
+BLOCKS = {"4x1": (4, 1), "16x1": (16, 1), "1x4": (1, 4)}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a real network: a convolution over pixels, or a linear layer over rows.
+
+    Attributes:
+        name: network and place.
+        outputs, inputs: channels.
+        kernel: side of the filter; 0 for a linear layer.
+        size: side of the (square) input in pixels, or the number of rows.
+        batch: images.
+    """
+
+    name: str
+    outputs: int
+    inputs: int
+    kernel: int
+    size: int
+    batch: int = 1
+
+    @property
+    def product(self) -> tuple[int, int, int]:
+        """Rows, depth and columns (M, K, N) of the matrix product that the layer is."""
+        if self.kernel == 0:
+            return self.outputs, self.inputs, self.size
+        return self.outputs, self.inputs * self.kernel**2, self.batch * self.size**2
+
+    def weight(self) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.outputs, self.inputs, *((self.kernel, self.kernel) if self.kernel else ()))
+        return torch.randn(shape, generator=generator) / math.sqrt(self.product[1])
+
+    def input(self) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        if self.kernel == 0:
+            return torch.randn(self.size, self.inputs, generator=generator)
+        return torch.randn(self.batch, self.inputs, self.size, self.size, generator=generator)
+
+
+LAYERS = [
+    Layer("resnet50 layer1 1x1", 256, 64, 1, 56),
+    Layer("resnet50 layer1 3x3", 64, 64, 3, 56),
+    Layer("resnet50 layer2 3x3", 128, 128, 3, 28),
+    Layer("resnet50 layer2 1x1", 512, 128, 1, 28),
+    Layer("resnet50 layer3 3x3", 256, 256, 3, 14),
+    Layer("resnet50 layer3 1x1", 1024, 256, 1, 14),
+    Layer("resnet50 layer4 3x3", 512, 512, 3, 7),
+    Layer("resnet50 layer4 1x1", 2048, 512, 1, 7),
+    Layer("resnet50 layer3 3x3, batch 16", 256, 256, 3, 14, 16),
+    Layer("resnet50 layer3 1x1, batch 16", 1024, 256, 1, 14, 16),
+    Layer("vgg16 conv4 3x3", 512, 512, 3, 28),
+    Layer("vit_b_16 mlp up", 3072, 768, 0, 197),
+    Layer("vit_b_16 mlp down", 768, 3072, 0, 197),
+    Layer("linear 1024", 1024, 1024, 0, 1024),
+    Layer("linear 4096 to 1024", 1024, 4096, 0, 1024),
+    Layer("one row, 4096x1024", 1024, 4096, 0, 1),
+    Layer("one row, 4096x4096", 4096, 4096, 0, 1),
+]
+QUICK_LAYERS = ("resnet50 layer3 3x3", "resnet50 layer3 1x1", "linear 1024", "one row, 4096x1024")
+UNSTRUCTURED = (0.4, 0.5, 0.6, 0.65, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+BLOCKED = (0.15, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
+
+
+def patterns(quick: bool) -> Iterable[tuple[str, float]]:
+    """Structure and sparsity of every point of the sweep."""
+    yield from (("unstructured", sparsity) for sparsity in ((0.5, 0.7, 0.9, 0.95) if quick else UNSTRUCTURED))
+    for block in BLOCKS:
+        yield from ((block, sparsity) for sparsity in ((0.5, 0.9) if quick else BLOCKED))
+    yield from ((pair, 1 - n / m) for pair, (n, m) in list(PAIRS.items())[: 1 if quick else None])
+
+
+def mask_of(weight: Tensor, structure: str, sparsity: float) -> Tensor:
+    """Mask by magnitude, of the structure asked for."""
+    if structure in PAIRS:
+        kept, group = PAIRS[structure]
+        matrix = weight.reshape(weight.shape[0], -1)
+        groups = matrix.abs().reshape(matrix.shape[0], -1, group)
+        mask = torch.zeros_like(groups).scatter_(2, groups.topk(kept, dim=2).indices, 1.0)
+        return mask.reshape(weight.shape)
+    return magnitude_mask(weight, sparsity, BLOCKS.get(structure, (1, 1)))
+
+
+def ours(layer: Layer, weight: Tensor, x: Tensor, threads: int) -> tuple[Callable[[], Any], str]:
+    """A call of our layer and the kernel behind it: a sparse linear layer, or an executable of the one convolution."""
+    if layer.kernel == 0:
+        dense = nn.Linear(layer.inputs, layer.outputs)
+        dense.weight.data.copy_(weight)
+        sparse = se.nn.SparseLinear.from_dense(dense)
+        return lambda: sparse(x), "SparseLinear"
+    convolution = nn.Conv2d(layer.inputs, layer.outputs, layer.kernel, padding=layer.kernel // 2)
+    convolution.weight.data.copy_(weight)
+    executable = se.convert(convolution, (x,), threads=threads)
+    kernel = next(entry.kernel for entry in executable.report.layers if entry.op in ("conv2d", "linear"))
+    return lambda: executable(x), kernel
+
+
+def rivals(layer: Layer, weight: Tensor, x: Tensor) -> dict[str, Callable[[], Any]]:
+    """Dense library calls, and the CSR product where the layer is one matrix product."""
+    bias = torch.zeros(layer.outputs)
+    if layer.kernel:
+        last, weight_last = x.to(memory_format=torch.channels_last), weight.to(memory_format=torch.channels_last)
+        padding = layer.kernel // 2
+        return {
+            "torch conv2d": lambda: functional.conv2d(x, weight, bias, padding=padding),
+            "torch conv2d, channels last": lambda: functional.conv2d(last, weight_last, bias, padding=padding),
+        }
+    found: dict[str, Callable[[], Any]] = {"torch linear": lambda: functional.linear(x, weight, bias)}
+    if layer.size > 1:
+        # The same product as a 1×1 convolution: oneDNN instead of MKL.
+        pixels = x.T.contiguous().reshape(1, layer.inputs, 1, layer.size)
+        filters = weight[:, :, None, None]
+        last = pixels.to(memory_format=torch.channels_last)
+        found["torch conv2d"] = lambda: functional.conv2d(pixels, filters, bias)
+        found["torch conv2d, channels last"] = lambda: functional.conv2d(last, filters, bias)
+    compressed, transposed = weight.to_sparse_csr(), x.T.contiguous()
+    found["torch csr"] = lambda: compressed @ transposed
+    return found
+
+
+def burst_medians(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Milliseconds per call, timed in bursts of about two milliseconds, the contenders in turns.
+
+    Within a network, what a layer reads was just written; in bursts every contender finds its data in the cache.
+    """
+
+    def burst(call: Callable[[], Any], times: int) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(times):
+                call()
+
+        return run
+
+    once = {name: min(_timed(call) for _ in range(4)) for name, call in calls.items()}
+    times = {name: max(1, min(200, math.ceil(0.002 / value))) for name, value in once.items()}
+    bursts = {name: burst(call, times[name]) for name, call in calls.items()}
+    summary = results_io.interleaved(bursts, seconds=seconds, warmup=1)
+    return {name: summary[name]["median_ms"] / times[name] for name in calls}
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+@torch.no_grad()
+def measure_layer(layer: Layer, structure: str, sparsity: float, threads: int, seconds: float) -> dict[str, Any]:
+    weight, x = layer.weight(), layer.input()
+    weight *= mask_of(weight, structure, sparsity)
+    call, kernel = ours(layer, weight, x, threads)
+    ms = burst_medians({"ours": call} | rivals(layer, weight, x), seconds=seconds)
+    dense = {name: value for name, value in ms.items() if name not in ("ours", "torch csr")}
+    best = min(dense, key=dense.__getitem__)
+    rows, depth, columns = layer.product
+    gflop, peak = 2 * rows * depth * columns / 1e9, peak_gflops(threads)
+    kept = int(weight.count_nonzero()) / weight.numel()
+    return {
+        "layer": layer.name,
+        "M": rows,
+        "K": depth,
+        "N": columns,
+        "structure": structure,
+        "sparsity_%": round(100 * (1 - kept), 1),
+        "kernel": kernel,
+        "ms": ms["ours"],
+        "dense_ms": dense[best],
+        "dense_library": best,
+        "csr_ms": ms.get("torch csr"),
+        "speed_up_over_dense": dense[best] / ms["ours"],
+        "speed_up_over_csr": ms["torch csr"] / ms["ours"] if "torch csr" in ms else None,
+        "share_of_peak_%": 100 * kept * gflop / ms["ours"] * 1e3 / peak,
+        "dense_share_of_peak_%": 100 * gflop / dense[best] * 1e3 / peak,
+    }
+
+
+def run_layers(only: str, quick: bool, threads: int) -> None:
+    rows: list[dict[str, Any]] = []
+    for layer in LAYERS:
+        if only not in layer.name or (quick and layer.name not in QUICK_LAYERS):
+            continue
+        for structure, sparsity in patterns(quick):
+            rows.append(measure_layer(layer, structure, sparsity, threads, 0.08 if quick else 0.25))
+            print(
+                "{layer:32s} {structure:12s} {sparsity_%:5.1f} % {ms:9.4f} ms, {speed_up_over_dense:5.2f} x dense, "
+                "{share_of_peak_%:4.1f} % of peak".format(**rows[-1]),
+                flush=True,
+            )
+    keys = ("layer", "structure", "sparsity_%")
+    places = {layer.name: i for i, layer in enumerate(LAYERS)}
+    table = sorted(merged("layers", rows, keys), key=lambda row: places.get(row["layer"], len(places)))
+    machine = f"{threads} threads; bursts of calls in turns; share of peak: operations left when zeros are skipped, "
+    machine += f"over {peak_source()} ({peak_gflops(threads):.0f} GFLOP/s)."
+    results_io.write(
+        "layers",
+        rows=table,
+        claim="Single sparse layers beside the best dense library call for the same product.",
+        command="python -m bench.kernels layers",
+        notes=machine
+        + " Convolutions: an executable of that one layer, a whole call; linear layers: `SparseLinear` on "
+        "row-major activations. Dense: the faster of oneDNN convolutions (plain and channels-last, and as a 1x1 "
+        "convolution for linear layers) and MKL's product. CSR: torch's, with the activations already transposed.",
+    )
+    write_break_even(table)
+    plot_layers(table)
+
+
+def break_even(points: Sequence[tuple[float, float]]) -> float | None:
+    """The sparsity (per cent) from which a layer is faster than dense: (sparsity, speed-up) points, interpolated.
+
+    Example:
+        >>> break_even([(50, 0.8), (70, 1.2), (90, 4.0)])
+        60.0
+    """
+    points = sorted(points)
+    below = [index for index, (_, speed_up) in enumerate(points) if speed_up < 1]
+    if not below:
+        return points[0][0]
+    if below[-1] == len(points) - 1:
+        return None
+    (low, slow), (high, fast) = points[below[-1]], points[below[-1] + 1]
+    return low + (high - low) * (1 - slow) / (fast - slow)
+
+
+def write_break_even(table: Sequence[dict[str, Any]]) -> None:
+    rows = []
+    for layer in LAYERS:
+        row: dict[str, Any] = {"layer": layer.name}
+        for structure in ("unstructured", *BLOCKS):
+            points = [
+                (entry["sparsity_%"], entry["speed_up_over_dense"])
+                for entry in table
+                if entry["layer"] == layer.name and entry["structure"] == structure
+            ]
+            if points:
+                row[f"{structure}_%"] = break_even(points)
+                row[f"{structure}_at_90_x"] = next((s for p, s in points if abs(p - 90) < 0.6), None)
+        if len(row) > 1:
+            rows.append(row)
+    results_io.write(
+        "layers_break_even",
+        rows=rows,
+        claim="Sparsity from which a layer is faster than the best dense library, and the speed-up at 90 %.",
+        command="python -m bench.kernels layers",
+        notes="Interpolated between the measured sparsities; a value equal to the lowest measured one means: at the "
+        "latest from there on. An executable's layer stays dense where that is faster.",
+    )
+
+
+def plot_layers(table: Sequence[dict[str, Any]]) -> None:
+    """Speed-up over dense by sparsity, one panel for each kind of pattern."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    structures = ("unstructured", "4x1", "16x1")
+    figure, axes = pyplot.subplots(1, len(structures), figsize=(13, 4.2), sharey=True)
+    for axis, structure in zip(axes, structures, strict=True):
+        for index, layer in enumerate(LAYERS):
+            points = sorted(
+                (row["sparsity_%"], row["speed_up_over_dense"])
+                for row in table
+                if row["layer"] == layer.name and row["structure"] == structure
+            )
+            if points:
+                axis.plot(*zip(*points, strict=True), marker=".", color=f"C{index % 10}", label=layer.name, lw=1)
+        grid = numpy.linspace(10, 99, 200)
+        axis.plot(grid, 100 / (100 - grid), color="#999999", ls=":", label="fewer operations")
+        axis.axhline(1, color="#999999", lw=0.8)
+        axis.set_yscale("log", base=2)
+        axis.set_ylim(0.5, 64)
+        axis.set_title(structure, fontsize=10, loc="left")
+        axis.set_xlabel("sparsity, %")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("speed-up over the best dense library")
+    axes[0].legend(frameon=False, fontsize=6)
+    figure.tight_layout()
+    figure.savefig(PLOT, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+# ---- the Deep Learning Matrix Collection
+
+
+def read_smtx(path: Path) -> Tensor:
+    """A pattern in the collection's text format ("rows, cols, nnz", row offsets, column indices) with random values."""
+    lines = path.read_text().split("\n")
+    rows, columns, count = (int(part) for part in lines[0].split(","))
+    offsets, indices = (torch.tensor([int(part) for part in line.split()]) for line in lines[1:3])
+    if len(offsets) != rows + 1 or len(indices) != count:
+        raise ValueError(
+            f"{path}: {rows} rows and {count} entries are announced, {len(offsets)} and {len(indices)} found"
+        )
+    values = torch.randn(count, generator=torch.Generator().manual_seed(0))
+    return torch.sparse_csr_tensor(offsets, indices, values, (rows, columns)).to_dense()
+
+
+@torch.no_grad()
+def measure_matrix(path: Path, columns: int, threads: int, seconds: float) -> dict[str, Any]:
+    weight = read_smtx(path)
+    rows, depth = weight.shape
+    x = torch.randn(depth, columns, generator=torch.Generator().manual_seed(1))
+    image = x.reshape(1, depth, 1, columns)
+    convolution = nn.Conv2d(depth, rows, 1, bias=False)
+    convolution.weight.data.copy_(weight[:, :, None, None])
+    executable = se.convert(convolution, (image,), threads=threads)
+    compressed = weight.to_sparse_csr()
+    filters = weight[:, :, None, None]
+    calls = {
+        "ours": lambda: executable(image),
+        "mm": lambda: weight @ x,
+        "conv": lambda: functional.conv2d(image, filters),
+        "csr": lambda: compressed @ x,
+    }
+    ms = burst_medians(calls, seconds=seconds)
+    kept = int(weight.count_nonzero())
+    return {
+        "matrix": path.stem,
+        "collection": path.parent.parent.parent.name,
+        "sparsity_%": round(100 * float(path.parent.name)),
+        "M": rows,
+        "K": depth,
+        "N": columns,
+        "ms": ms["ours"],
+        "mkl_dense_ms": ms["mm"],
+        "onednn_dense_ms": ms["conv"],
+        "mkl_csr_ms": ms["csr"],
+        "over_mkl_csr": ms["csr"] / ms["ours"],
+        "over_mkl_dense": ms["mm"] / ms["ours"],
+        "over_best_dense": min(ms["mm"], ms["conv"]) / ms["ours"],
+        "share_of_peak_%": 100 * 2e-6 * kept * columns / ms["ours"] / peak_gflops(threads),
+    }
+
+
+def run_dlmc(quick: bool, threads: int) -> None:
+    folder = os.environ.get("SPARSE_ENGINE_DATA")
+    place = Path(folder or ".") / "dlmc"
+    if not place.is_dir():
+        print("dlmc: skipped; set SPARSE_ENGINE_DATA to a folder that holds dlmc/")
+        return
+    pixels = dict(line.split(",") for line in (place / "rn50_batchsizes.txt").read_text().split())
+    rows = []
+    for path in sorted(place.rglob("*.smtx"))[:: 6 if quick else 1]:
+        columns = int(pixels.get(path.stem, 256))
+        rows.append(measure_matrix(path, columns, threads, 0.1 if quick else 0.3))
+        print(
+            "{matrix:52s} {sparsity_%} % {ms:8.4f} ms, {over_mkl_csr:5.2f} x CSR, {over_mkl_dense:5.2f} x dense".format(
+                **rows[-1]
+            ),
+            flush=True,
+        )
+    summary = []
+    for collection in ("rn50", "transformer"):
+        for sparsity in (80, 90, 95):
+            chosen = [row for row in rows if row["collection"] == collection and row["sparsity_%"] == sparsity]
+            if chosen:
+                means = {
+                    key: statistics.geometric_mean(row[key] for row in chosen)
+                    for key in ("over_mkl_csr", "over_mkl_dense", "over_best_dense", "share_of_peak_%")
+                }
+                summary.append({"collection": collection, "sparsity_%": sparsity, "matrices": len(chosen), **means})
+    notes = (
+        f"{threads} threads; W times X with N columns: the layer's pixels, 256 for the Transformer. Ours: a whole call "
+    )
+    notes += (
+        "of an executable of that one 1x1 convolution. MKL: torch's dense and CSR products; best dense: MKL or oneDNN."
+    )
+    command = "python -m bench.kernels dlmc"
+    results_io.write("dlmc", rows=rows, claim="Real magnitude-pruned patterns.", command=command, notes=notes)
+    results_io.write(
+        "dlmc_summary",
+        rows=summary,
+        claim="Real magnitude-pruned patterns: geometric means of the speed-ups.",
+        command=command,
+        notes=notes,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer points, shorter")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--only", default="", help="layers whose name contains this")
+    parser.add_argument("part", nargs="*", choices=("layers", "dlmc"), default=["layers", "dlmc"])
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    if "layers" in options.part:
+        run_layers(options.only, options.quick, options.threads)
+    if "dlmc" in options.part:
+        run_dlmc(options.quick, options.threads)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Training: whole steps with sparse layers against dense training under a mask, and distillation losses.
+
+    python -m bench.training steps      forward + backward + optimiser: VGG-16, ResNet-18 on 32x32, batch 128; an MLP
+    python -m bench.training losses     knowledge distillation, forward + backward, against eager PyTorch
+
+Write bench/results/training_steps.json and losses.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import sparse_engine as se
+from bench import results_io
+from bench.networks import magnitude_mask
+from bench.rows import merged
+from sparse_engine.distill import kd_loss
+from sparse_engine.train.models import build
+
+NETWORKS = {"vgg16_cifar": (3, 32, 32), "resnet18_cifar": (3, 32, 32), "mlp": (784,)}
+SPARSITIES = (0.9, 0.98, 0.995)
+LOSS_SHAPES = ((256, 1000), (1024, 1000), (512, 32000))
+
+
+def masked_network(name: str, sparsity: float) -> tuple[nn.Module, dict[nn.Parameter, Tensor]]:
+    """A network with all weights but the first convolution's pruned by magnitude, and the masks."""
+    torch.manual_seed(0)
+    model = build(name)
+    masks: dict[nn.Parameter, Tensor] = {}
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    for layer in layers[1:] if isinstance(layers[0], nn.Conv2d) else layers:
+        masks[layer.weight] = magnitude_mask(layer.weight, sparsity)
+        layer.weight.data.mul_(masks[layer.weight])
+    return model, masks
+
+
+def step_of(model: nn.Module, masks: dict[nn.Parameter, Tensor], x: Tensor, y: Tensor) -> Callable[[], None]:
+    """One training step: SGD with momentum; what is masked is set to zero again afterwards."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for parameter, mask in masks.items():
+                parameter.mul_(mask)
+
+    return step
+
+
+def measure_step(name: str, sparsity: float, batch: int, seconds: float) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(batch, *NETWORKS[name], generator=generator), torch.arange(batch) % 10
+    steps = {}
+    for label in ("dense", "dense, channels last") if len(x.shape) == 4 else ("dense",):
+        model, masks = masked_network(name, sparsity)
+        if label == "dense":
+            steps[label] = step_of(model, masks, x, y)
+        else:
+            steps[label] = step_of(
+                model.to(memory_format=torch.channels_last), masks, x.to(memory_format=torch.channels_last), y
+            )
+    model, _ = masked_network(name, sparsity)
+    report = se.sparsify_(model, example_inputs=x)
+    steps["ours"] = step_of(model, {}, x, y)
+    times = results_io.interleaved(steps, seconds=seconds, warmup=1)
+    ms = {label: summary["median_ms"] for label, summary in times.items()}
+    dense = {label: value for label, value in ms.items() if label != "ours"}
+    best = min(dense, key=dense.__getitem__)
+    return {
+        "network": name,
+        "sparsity_%": 100 * sparsity,
+        "batch": batch,
+        "sparse_layers": f"{len(report.converted)} of {len(report.layers)}",
+        "ms": ms["ours"],
+        "dense_masked_ms": dense[best],
+        "dense_form": best,
+        "speed_up": dense[best] / ms["ours"],
+    }
+
+
+def eager_kd(z: Tensor, y: Tensor, t: Tensor, temperature: float, alpha: float) -> Tensor:
+    """Distillation as it is usually written in PyTorch."""
+    soft = functional.kl_div(
+        functional.log_softmax(z / temperature, 1), functional.softmax(t / temperature, 1), reduction="batchmean"
+    )
+    return (1 - alpha) * functional.cross_entropy(z, y) + alpha * temperature**2 * soft
+
+
+def measure_loss(rows: int, classes: int, seconds: float, gbytes: float) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(rows, classes, generator=generator).requires_grad_()
+    t = torch.randn(rows, classes, generator=generator)
+    y = torch.randint(0, classes, (rows,), generator=generator)
+
+    def run(loss: Callable[[], Tensor]) -> Callable[[], None]:
+        def step() -> None:
+            z.grad = None
+            loss().backward()
+
+        return step
+
+    calls = {
+        "eager": run(lambda: eager_kd(z, y, t, 4.0, 0.9)),
+        "ours": run(lambda: kd_loss(z, y, teacher_logits=t, temperature=4.0, alpha=0.9)),
+    }
+    ms = {name: s["median_ms"] for name, s in results_io.interleaved(calls, seconds=seconds).items()}
+    # Student and teacher are read once and the gradient is written once.
+    limit = 3 * 4 * rows * classes / gbytes / 1e6
+    return {
+        "rows": rows,
+        "classes": classes,
+        "ms": ms["ours"],
+        "eager_ms": ms["eager"],
+        "speed_up": ms["eager"] / ms["ours"],
+        "limit_of_bytes_ms": limit,
+        "over_the_limit": ms["ours"] / limit,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one sparsity, a smaller batch, shorter")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--only", default="", help="networks whose name contains this")
+    parser.add_argument("part", nargs="*", choices=("steps", "losses"), default=["steps", "losses"])
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    if "steps" in options.part:
+        keys, batch = ("network", "sparsity_%", "batch"), 16 if options.quick else 128
+        for name in NETWORKS:
+            if options.only not in name:
+                continue
+            for sparsity in SPARSITIES[:1] if options.quick else SPARSITIES:
+                row = measure_step(name, sparsity, batch, 2.0 if options.quick else 12.0)
+                print(row, flush=True)
+                results_io.write(
+                    "training_steps",
+                    rows=merged("training_steps", [row], keys),
+                    claim="A training step (forward, backward, SGD with momentum) on sparse layers beside dense "
+                    "training under a mask.",
+                    command="python -m bench.training steps",
+                    notes=f"{options.threads} threads, in turns. Dense: PyTorch, the faster of plain, channels-last. "
+                    "Ours: `sparsify_` with example inputs, which leaves layers dense where that is faster.",
+                )
+    if "losses" in options.part:
+        from sparse_engine.report.measure import measure_ceilings
+
+        gbytes = measure_ceilings().gbytes
+        rows = [measure_loss(*shape, 0.5 if options.quick else 3.0, gbytes) for shape in LOSS_SHAPES]
+        results_io.write(
+            "losses",
+            rows=rows,
+            claim="Knowledge distillation loss (temperature 4, alpha 0.9), forward and backward, on the CPU.",
+            command="python -m bench.training losses",
+            notes=f"{options.threads} threads, in turns with eager PyTorch. The limit: student and teacher logits read "
+            f"once, the gradient written once, at {gbytes:.0f} GB/s (reading 64 MiB, measured in the same run).",
+        )
+
+
+if __name__ == "__main__":
+    main()
