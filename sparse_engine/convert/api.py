@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparse_engine.convert.capture import Captured, capture
+from sparse_engine.convert.constants import PackedConstants
 from sparse_engine.convert.executable import Executable, check_threads
 from sparse_engine.convert.flops import moves_only, node_flops
 from sparse_engine.convert.graph import Graph, Node, shape_at
@@ -104,7 +105,9 @@ def convert(
     bytes_before = _bytes([*plain.parameters(), *plain.buffers()])
     del plain
     step("writing the report")
-    executable._report = _report(captured, executable, examples, counts, bytes_before, error, bound)
+    packed = PackedConstants(graph.constants)
+    executable._report = _report(captured, executable, examples, counts, bytes_before, packed.nbytes, error, bound)
+    executable.pack(packed)
     return executable
 
 
@@ -129,7 +132,7 @@ def _check_arguments(device: str | torch.device, dtype: torch.dtype, threads: in
         raise ConvertError(f"bound must be a positive number, not {bound!r}")
 
 
-def _choose(graph: Graph, examples: tuple[Tensor, ...], tune: bool, threads: int | None) -> Any:
+def _choose(graph: Graph, examples: tuple[Tensor, ...], tune: bool, threads: int | None) -> dict[str, Any] | None:
     try:
         choose = importlib.import_module("sparse_engine.convert.choose").choose
     except ImportError:
@@ -228,13 +231,14 @@ def _report(
     examples: tuple[Tensor, ...],
     counts: Mapping[str, int],
     bytes_before: int,
+    bytes_after: int,
     error: float | None,
     bound: float,
 ) -> Report:
     graph = executable.graph
     batch = executable._samples(list(examples))
     planned = graph.fixed_batch if graph.fixed_batch is not None else batch
-    chosen = _choice_table(executable.choices)
+    chosen: dict[str, Any] = executable.choices or {}
     layers: list[LayerReport] = []
     total = native = 0
     for node in graph.nodes:
@@ -265,7 +269,7 @@ def _report(
         },
         sparsity=sparsity,
         bytes_before=bytes_before,
-        bytes_after=sum(_packed_bytes(tensor) for tensor in graph.constants.values()),
+        bytes_after=bytes_after,
         max_error=error,
         bound=float(bound),
         batch=batch,
@@ -320,31 +324,10 @@ def _count_zeros(graph: Graph) -> tuple[int, int]:
     return entries - sum(int(torch.count_nonzero(graph.constants[name])) for name in names), entries
 
 
-def _choice_table(choices: Any) -> Mapping[str, Mapping[str, Any]]:
-    data = choices.to_json() if hasattr(choices, "to_json") else choices
-    if not isinstance(data, Mapping):
-        return {}
-    nodes = data.get("nodes", data)
-    return (
-        {name: entry for name, entry in nodes.items() if isinstance(entry, Mapping)}
-        if isinstance(nodes, Mapping)
-        else {}
-    )
-
-
 def _structure(weight: Tensor) -> str:
     from sparse_engine.structure import detect
 
     return str(detect(weight))
-
-
-def _packed_bytes(tensor: Tensor) -> int:
-    dense = tensor.numel() * tensor.element_size()
-    if tensor.dim() < 2 or not tensor.is_floating_point() or bool(torch.count_nonzero(tensor) == tensor.numel()):
-        return dense
-    from sparse_engine.packed import PackedWeight
-
-    return min(dense, PackedWeight.from_dense(tensor).nbytes)
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

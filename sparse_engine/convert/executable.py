@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sparse_engine.convert.constants import PackedConstants
 from sparse_engine.convert.graph import DTYPES, Graph, GraphError, build_structure, format_shape, shape_at
 from sparse_engine.convert.report import Benchmark, Report, Timing
 from sparse_engine.errors import ConvertError, FileFormatError, ShapeError
@@ -73,7 +74,7 @@ class Executable:
         self,
         graph: Graph,
         *,
-        choices: Any = None,
+        choices: dict[str, Any] | None = None,
         threads: int | None = None,
         report: Report | None = None,
         spec: pytree.TreeSpec | None = None,
@@ -181,7 +182,8 @@ class Executable:
             dense: Callable[[], Any] = lambda: plain(*tensors)  # noqa: E731
         else:
             name = "dense (PyTorch, optimised graph)"
-            dense = lambda: self._reference(tensors)  # noqa: E731
+            graph = self.graph.copy()  # with dense weights
+            dense = lambda: self._reference(graph, tensors)  # noqa: E731
         times: tuple[list[float], list[float]] = ([], [])
         with torch.no_grad():
             for _ in range(2):
@@ -209,13 +211,31 @@ class Executable:
         """
         from sparse_engine.io import write_spx
 
-        choices = self.choices.to_json() if hasattr(self.choices, "to_json") else self.choices
         attributes = {
-            "choices": choices,
+            "choices": self.choices,
             "threads": self.threads,
             "report": None if self._report is None else self._report.to_json(),
         }
-        return write_spx(path, self.graph.to_json(), self.graph.constants, attributes=attributes)
+        constants = self.graph.constants
+        stored = constants.stored if isinstance(constants, PackedConstants) else constants
+        return write_spx(path, self.graph.to_json(), stored, attributes=attributes)
+
+    def pack(self, constants: PackedConstants | None = None) -> None:
+        """Keep the weights packed; plans that are made later unpack them one by one.
+
+        The reference needs them as they are, so without native kernels nothing changes.
+
+        Args:
+            constants: the same constants, where somebody has packed them already.
+        """
+        if self.native:
+            self.graph.constants = constants if constants is not None else PackedConstants(self.graph.constants)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the constants as this executable keeps them, beside what its plans hold."""
+        constants = self.graph.constants
+        return constants.nbytes if isinstance(constants, PackedConstants) else self.graph.bytes()
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{name}: {text}" for name, text in self.inputs.items())
@@ -292,12 +312,11 @@ class Executable:
             pieces.append([output[: size - missing] for output in plan.run([part.contiguous() for part in rows])])
         return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
 
-    def _reference(self, tensors: list[Tensor]) -> list[Tensor]:
-        key = tuple([tensor.shape for tensor in tensors])
-        batch = self._batch_of(key)
-        if self.graph.fixed_batch is not None and batch != self.graph.fixed_batch:
-            return self._in_pieces(ReferencePlan(self.graph), tensors, batch)
-        return self.graph.run(tensors)
+    def _reference(self, graph: Graph, tensors: list[Tensor]) -> list[Tensor]:
+        batch = self._batch_of([tensor.shape for tensor in tensors])
+        if graph.fixed_batch is not None and batch != graph.fixed_batch:
+            return self._in_pieces(ReferencePlan(graph), tensors, batch)
+        return graph.run(tensors)
 
     def _samples(self, tensors: list[Tensor]) -> int:
         if self.graph.dynamic or self.graph.fixed_batch is not None:
@@ -367,12 +386,14 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Executa
             isinstance(choices, dict) and all(isinstance(entry, dict) for entry in choices.values())
         ):
             raise FileFormatError("the choice of kernels must map node names to objects")
-        return Executable(
+        executable = Executable(
             graph,
             choices=choices,
             threads=threads if threads is not None else stored,
             report=None if report is None else Report.from_json(report),
         )
+        executable.pack(PackedConstants(contents.constants))
+        return executable
     except (ConvertError, FileFormatError) as error:
         raise FileFormatError(f"{Path(path)}: {error}") from None
 

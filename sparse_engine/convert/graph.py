@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -223,7 +223,7 @@ class Graph:
     outputs: list[str]
     nodes: list[Node]
     values: dict[str, Value]
-    constants: dict[str, Tensor] = field(default_factory=dict)
+    constants: MutableMapping[str, Tensor] = field(default_factory=dict)
     structure: Any = 0
     fixed_batch: int | None = None
 

@@ -257,6 +257,19 @@ def test_a_file_with_a_broken_graph_is_refused(executable: Executable, tmp_path:
         se.load(tmp_path / "model.spx")
 
 
+def test_weights_are_kept_packed(model: nn.Module, executable: Executable, tmp_path: Path) -> None:
+    if not executable.native:  # the reference needs dense weights
+        assert executable.packed_bytes == executable.graph.bytes()
+        return
+    assert executable.packed_bytes == executable.report.bytes_after
+    assert executable.packed_bytes < executable.graph.bytes()
+    executable.save(tmp_path / "model.spx")
+    again = se.load(tmp_path / "model.spx")
+    assert again.packed_bytes == executable.packed_bytes
+    for name, tensor in executable.graph.constants.items():
+        assert torch.equal(again.graph.constants[name], tensor)
+
+
 # ---- report and verification
 
 

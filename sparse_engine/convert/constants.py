@@ -1,0 +1,69 @@
+"""The constants of an executable, kept packed: a weight with zeros takes its packed size until somebody reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+
+import torch
+from torch import Tensor
+
+from sparse_engine.errors import StructureError
+from sparse_engine.packed import PackedWeight
+
+
+class PackedConstants(MutableMapping[str, Tensor]):
+    """A dict of tensors in which those with zeros are stored packed; reading one unpacks it, bit for bit, every time.
+
+    Example:
+        >>> constants = PackedConstants({"weight": torch.eye(64)})
+        >>> constants["weight"].shape, constants.nbytes < 64 * 64 * 4
+        (torch.Size([64, 64]), True)
+
+    Args:
+        constants: tensors, or weights that are packed already.
+    """
+
+    def __init__(self, constants: Mapping[str, Tensor | PackedWeight]) -> None:
+        self.stored: dict[str, Tensor | PackedWeight] = {name: pack(item) for name, item in constants.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        item = self.stored[name]
+        return item.to_dense() if isinstance(item, PackedWeight) else item
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        self.stored[name] = pack(tensor)
+
+    def __delitem__(self, name: str) -> None:
+        del self.stored[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return sum(
+            item.nbytes if isinstance(item, PackedWeight) else item.numel() * item.element_size()
+            for item in self.stored.values()
+        )
+
+
+def pack(item: Tensor | PackedWeight) -> Tensor | PackedWeight:
+    """A weight packed where that is smaller; everything else as it is."""
+    if isinstance(item, PackedWeight) or item.dim() < 2 or not item.is_floating_point() or item.numel() == 0:
+        return item
+    zeros = item.numel() - int(torch.count_nonzero(item))
+    # A bitmask alone takes a bit for each entry.
+    if 8 * zeros * item.element_size() <= item.numel():
+        return item
+    try:
+        packed = PackedWeight.from_dense(item.detach())
+    except StructureError:  # a shape that no structure describes
+        return item
+    return packed if packed.nbytes < item.numel() * item.element_size() else item
