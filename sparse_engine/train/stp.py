@@ -333,20 +333,25 @@ class StimulativeTraining(Objective):
         return max(self._smallest().widths[group], member.widths[group] - self._step_units[group])
 
     def _cut(self, member: Member) -> None:
-        """Take the step with the least divergence per cost saved."""
+        """Take the step with the least divergence, beyond what all steps have in common, per cost saved."""
         candidates = self._candidates(member)
         now = self.supernet.cost(member.subnet, self.cost)
 
-        known = [member.sums[g] / member.counts[g] for g in candidates if member.counts[g]]
-        usual = sum(known) / len(known) if known else 1.0
+        known = {g: member.sums[g] / member.counts[g] for g in candidates if member.counts[g]}
+        # what all candidates share is the divergence of the member itself; it says nothing about where to cut
+        shared = min(known.values(), default=0.0)
+        usual = sum(known.values()) / len(known) - shared if known else 0.0
+        usual = max(
+            usual, 1e-12
+        )  # a quarter of it on top keeps the cheapest step from being free, whatever little it saves
 
         def price(group: int) -> float:
             widths = list(member.widths)
             widths[group] = self._narrower(member, group)
             saved = max(now - self.supernet.cost(Subnet(member.depths, tuple(widths)), self.cost), 1e-12)
-            if member.counts[group]:
-                return member.sums[group] / member.counts[group] / saved
-            return usual * self.supernet.full.widths[group] / member.widths[group] / saved  # unsampled: spread the cuts
+            if group in known:
+                return (known[group] - shared + usual / 4) / saved
+            return 2 * usual * self.supernet.full.widths[group] / member.widths[group] / saved  # unsampled: spread them
 
         if self.part.guidance:
             chosen = min(candidates, key=price)

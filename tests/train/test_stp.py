@@ -1,0 +1,178 @@
+"""STP: the loss, the search, the checkpoint, and a whole run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sparse_engine.distill.batch import Batch
+from sparse_engine.errors import PruneError, RecipeError
+from sparse_engine.prune.structured import compaction_spec, load_compact
+from sparse_engine.train import load_recipe, models, run
+from sparse_engine.train.recipe import StpPart
+from sparse_engine.train.stp import StimulativeTraining
+from sparse_engine.train.supernet import Subnet, Supernet
+
+
+def family(**options: object) -> Supernet:
+    torch.manual_seed(0)
+    model = models.build("resnet14", num_classes=4, in_channels=1, option="B", width=4, **options)
+    return Supernet(model, torch.randn(2, 1, 8, 8))
+
+
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    return Batch(torch.randn(8, 1, 8, 8, generator=generator), torch.randint(4, (8,), generator=generator))
+
+
+@pytest.mark.parametrize("divergence", ["kl", "normalised"])
+def test_the_loss_is_its_definition(divergence: str):
+    """Cross entropy of the full network plus λ T² KL of the two, the full network's logits detached; batch norm in
+    training mode on both sides."""
+    net = family()
+    net.model.eval()  # without running statistics moving, both passes can be repeated
+    part = StpPart(weight=0.7, temperature=2.0, divergence=divergence, expansion=False)
+    objective = StimulativeTraining(net, part)
+    subnet = Subnet((0, 1, 0), tuple(max(1, w // 2) for w in net.full.widths))
+    objective._choose = lambda: (subnet, lambda value: None)
+    data = batch()
+    loss = objective(net.model, data)
+    full = net.model(data.inputs)
+    with net.active(subnet):
+        student = net.model(data.inputs)
+    teacher = full.detach()
+    expected = F.cross_entropy(full, data.targets)
+    if divergence == "normalised":
+        teacher, student = F.layer_norm(teacher, (4,)), F.layer_norm(student, (4,))
+    kl = F.kl_div(F.log_softmax(student / 2, -1), F.softmax(teacher / 2, -1), reduction="batchmean")
+    expected = expected + 0.7 * 4 * kl
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    gradient = net.model.conv1.weight.grad.clone()
+    net.model.zero_grad()
+    expected.backward()
+    torch.testing.assert_close(gradient, net.model.conv1.weight.grad)
+
+
+def test_expansion_adds_a_larger_subnet():
+    net = family()
+    seen: list[Subnet] = []
+    objective = StimulativeTraining(net, StpPart())
+    original = net.active
+    net.active = lambda subnet: (seen.append(subnet), original(subnet))[1]  # type: ignore[method-assign]
+    objective(net.model, batch())
+    current, larger = seen
+    assert all(
+        a <= b for a, b in zip((*current.depths, *current.widths), (*larger.depths, *larger.widths), strict=True)
+    )
+
+
+def search(part: StpPart, divergence: dict[str, float] | None = None, steps: int = 400) -> StimulativeTraining:
+    """A search without training: the divergence of a subnet is made up, the sum over groups of a price times what is
+    missing."""
+    net = family()
+    objective = StimulativeTraining(net, part, steps=steps)
+    prices = [(divergence or {}).get(group.name, 1.0) for group in net.groups]
+    for step in range(steps):
+        objective.progress(step / steps)
+        objective._advance()
+        subnet, record = objective._choose()
+        missing = (1 - have / full for have, full in zip(subnet.widths, net.full.widths, strict=True))
+        record(sum(price * share for price, share in zip(prices, missing, strict=True)) + 0.1 * sum(subnet.depths))
+    return objective
+
+
+@pytest.mark.parametrize("target", [0.7, 0.3])
+@pytest.mark.parametrize(
+    "options", [{}, {"depth": False}, {"width": False}, {"guidance": False}, {"cost": "parameters"}]
+)
+def test_the_search_meets_its_target(target: float, options: dict):
+    if options.get("width") is False:
+        target = max(target, 0.6)  # leaving out all blocks saves half
+    objective = search(StpPart(target=target, pool=3, **options))
+    net, best = objective.supernet, objective.best().subnet
+    share = net.cost(best, objective.cost) / objective.full_cost
+    assert share <= target
+    assert share > target * (0.3 if options.get("width") is False else 0.6)
+    assert len(objective.pool) == 1
+    if options.get("depth") is False:
+        assert best.depths == net.full.depths
+    if options.get("width") is False:
+        assert best.widths == net.full.widths
+
+
+def test_guidance_cuts_where_agreement_suffers_least():
+    objective = StimulativeTraining(family(), StpPart(target=0.4, depth=False), steps=400)
+    objective.progress(0.1)
+    objective._advance()
+    (member,) = objective.pool
+    for group in range(len(member.widths)):
+        for divergences in ([1.0] * group + [0.1] + [1.0] * (len(member.widths) - group - 1), [0.0] * group + [9.0]):
+            divergences += [0.0] * (len(member.widths) - len(divergences))
+            before = list(member.widths)
+            member.sums, member.counts = [d * 2 for d in divergences], [2] * len(divergences)
+            objective._cut(member)
+            (cut,) = [g for g in range(len(before)) if member.widths[g] < before[g]]
+            assert (cut == group) == (divergences[group] < 1)
+            member.widths, member.done = before, False
+
+
+def test_the_pool_drops_who_agrees_least():
+    """Every block of depth adds to the made-up divergence; no blocks at all would be below the target at once."""
+    assert sum(search(StpPart(target=0.5, pool=8)).best().depths) == 1
+
+
+def test_a_checkpoint_continues_the_same_search():
+    part = StpPart(target=0.5, pool=3)
+    straight = search(part)
+    halfway = StimulativeTraining(family(), part, steps=400)
+    runs = [halfway]
+    for step in range(400):
+        if step == 150:
+            resumed = StimulativeTraining(family(), part, steps=400)
+            resumed.load_state_dict(halfway.state_dict())
+            runs.append(resumed)
+        objective = runs[-1]
+        objective.progress(step / 400)
+        objective._advance()
+        subnet, record = objective._choose()
+        widths = objective.supernet.full.widths
+        missing = (1 - have / full for have, full in zip(subnet.widths, widths, strict=True))
+        record(sum(missing) + 0.1 * sum(subnet.depths))
+    assert runs[-1].best().subnet == straight.best().subnet
+
+
+def test_errors():
+    with pytest.raises(PruneError, match="out of reach"):
+        StimulativeTraining(family(), StpPart(target=0.01))
+    for changes, message in (
+        ({"stp.target": 1.5}, "at most 1"),
+        ({"stp.warmup": 0.8}, "in this order"),
+        ({"stp.width": False, "stp.depth": False}, "nothing is left"),
+        ({"stp.divergence": "js"}, "normalised"),
+        ({"prune.sparsity": 0.5}, "leave out prune"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe("stp", changes)
+
+
+@pytest.mark.slow
+def test_a_whole_run_learns_and_resumes(tmp_path):
+    settings = {
+        "model.name": "resnet14", "model.options": {"option": "B", "width": 8}, "train.epochs": 8, "train.batch_size": 32,
+        "train.learning_rate": 0.05, "stp.target": 0.4, "stp.pool": 3, "convert.enabled": False,
+    }  # fmt: skip
+    result = run("stp", "digits", out=tmp_path / "run", progress=False, **settings)
+    assert result.summary["test_accuracy"] > 0.9
+    assert result.summary["stp"]["cost"] <= 0.4 * result.summary["stp"]["full_cost"]
+    history = result.summary["stp"]["history"]
+    assert len(history) == 8
+    assert history[-1]["kept_magnitude"] > 0
+    again = run("stp", "digits", out=tmp_path / "run", progress=False, resume=True, **settings)
+    assert again.summary["test_accuracy"] == result.summary["test_accuracy"]
+    dense = models.build("resnet14", num_classes=10, in_channels=1, option="B", width=8)
+    rebuilt = load_compact(tmp_path / "run" / "compact.safetensors", dense).eval()
+    x = torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(rebuilt(x), result.model(x))
+    assert compaction_spec(rebuilt).to_json() == compaction_spec(result.model).to_json()
