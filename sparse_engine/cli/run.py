@@ -24,7 +24,7 @@ from sparse_engine.cli._common import (
     table,
 )
 from sparse_engine.errors import FileFormatError, ShapeError
-from sparse_engine.io import Container, atomic_write, write_container
+from sparse_engine.io import Container, atomic_write, read_torch_file, write_container
 
 
 @command(
@@ -150,11 +150,7 @@ def _read_arrays(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
         return Container(path).tensors()
     if path.suffix in (".pt", ".pth"):
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, ValueError, EOFError, KeyError) as error:
-            raise FileFormatError(f"{path}: cannot be read as tensors ({str(error).splitlines()[0][:200]})") from None
-        found = flatten(loaded, "array")
+        found = flatten(read_torch_file(path), "array")
         if not found:
             raise FileFormatError(f"{path}: holds no tensors")
         return {name.removeprefix("array.") or name: tensor for name, tensor in found.items()}

@@ -8,7 +8,7 @@ Example:
 from __future__ import annotations
 
 from sparse_engine.io.atomic import atomic_write, atomic_write_text
-from sparse_engine.io.checkpoint import load_state, read_checkpoint, resolve_masks, write_checkpoint
+from sparse_engine.io.checkpoint import load_state, read_checkpoint, read_torch_file, resolve_masks, write_checkpoint
 from sparse_engine.io.container import Container, TensorEntry, write_container
 from sparse_engine.io.spx import SpxContents, SpxSizes, is_spx, read_spx, write_spx
 
@@ -23,6 +23,7 @@ __all__ = [
     "load_state",
     "read_checkpoint",
     "read_spx",
+    "read_torch_file",
     "resolve_masks",
     "write_checkpoint",
     "write_container",

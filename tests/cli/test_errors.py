@@ -59,6 +59,7 @@ CASES = [
     ("run @model.spx --input none.npy", 1, "there is no such file"),
     ("run @model.spx --input @pruned.pt", 2, "the files hold .*; the executable takes"),
     ("run @model.spx --input @net.py", 2, r"inputs are \.npy"),
+    ("run @model.spx --input object.pt", 1, "would run code"),
     ("run @model.spx --input wrong.pt", 1, r"\(2, 3, 12\)|shape"),
     ("run @model.spx --input integers.pt", 1, "int64"),
     ("run @model.spx --random --output y.txt", 2, "the ending must be one of"),
@@ -85,6 +86,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def inputs(tmp_path):
+    torch.save(torch.nn.ReLU(), tmp_path / "object.pt")
     torch.save(torch.ones(2, 3, 12), tmp_path / "wrong.pt")
     torch.save(torch.ones(2, 3, 12, 12, dtype=torch.int64), tmp_path / "integers.pt")
 

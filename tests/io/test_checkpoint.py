@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import random
 
 import pytest
 import torch
@@ -157,6 +158,33 @@ def test_truncated_files(tmp_path, ending):
         path.write_bytes(content[:length])
         with pytest.raises(CheckpointError):
             read_checkpoint(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False, None], ids=["zip", "legacy", "safetensors"])
+def test_damaged_files_load_or_give_one_error(tmp_path, zipped):
+    path = tmp_path / "a.pt"
+    state = {"a.weight": torch.ones(4, 5), "b": torch.arange(3)}
+    if zipped is None:
+        write_checkpoint(tmp_path / "a.safetensors", state)
+        content = (tmp_path / "a.safetensors").read_bytes()
+    else:
+        torch.save({"state_dict": state, "epoch": 3}, path, _use_new_zipfile_serialization=zipped)
+        content = path.read_bytes()
+    choose = random.Random(0)
+    refused = 0
+    for _ in range(250):
+        damaged = bytearray(content)
+        at = choose.randrange(len(damaged))
+        if choose.random() < 0.5:
+            damaged[at] ^= 1 << choose.randrange(8)
+        else:
+            damaged[at : at + choose.choice((1, 8, 60))] = choose.randbytes(choose.choice((0, 1, 60)))
+        path.write_bytes(damaged)
+        try:
+            read_checkpoint(path)
+        except CheckpointError:
+            refused += 1
+    assert refused > 50
 
 
 @pytest.mark.parametrize("content", [[torch.ones(2)], {"epoch": 3}, torch.ones(2), 3])
