@@ -33,66 +33,109 @@ from sparse_engine.convert.graph import (
 # By overload, the functions that have it: none has side effects or randomness, none a shape that depends on data.
 _OVERLOADS: dict[str, str] = {
     "default": """
-        _adaptive_avg_pool2d _adaptive_avg_pool3d _log_softmax _softmax _to_copy _unsafe_view abs acos acosh
-        adaptive_avg_pool1d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d addmm alias all amax amin
-        aminmax angle any arange argmax argmin argsort asin asinh atan atan2 atanh avg_pool1d avg_pool2d avg_pool3d
-        baddbmm bilinear bitwise_not bmm cat ceil celu channel_shuffle clamp clamp_max clamp_min clone col2im
-        constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose1d convolution cos cosh cosine_similarity cross
-        cummax cumprod cumsum deg2rad diagonal diff digamma dot einsum elu embedding erf erfc erfinv exp exp2 expand
-        expm1 flip floor fmax fmin frac full gather gelu glu grid_sampler group_norm hardshrink hardsigmoid hardswish
-        hardtanh hypot im2col index_add index_select instance_norm isfinite isinf isnan kron layer_norm leaky_relu
-        lgamma linalg_cross linalg_norm linalg_vector_norm linear log log10 log1p log2 log_sigmoid logaddexp
-        logaddexp2 logical_and logical_not logical_or logical_xor logsumexp masked_scatter matmul max
-        max_pool1d max_pool2d max_pool2d_with_indices max_pool3d max_pool3d_with_indices maximum mean median min
-        minimum mish mm mv nan_to_num native_group_norm native_layer_norm neg new_full new_ones new_zeros numpy_T ones
-        ones_like outer pad permute pixel_shuffle pixel_unshuffle positive prelu prod rad2deg reciprocal
-        reflection_pad1d reflection_pad2d reflection_pad3d relu relu6 repeat replication_pad1d replication_pad2d
-        replication_pad3d reshape rms_norm roll rot90 round rsqrt scalar_tensor scaled_dot_product_attention
-        scatter_add select_scatter selu sigmoid sign silu sin sinc sinh slice_scatter softplus softshrink sort
-        split_with_sizes sqrt square squeeze stack std sum t take_along_dim tan tanh threshold tile topk trace tril
-        triu trunc unfold unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d
-        upsample_nearest2d upsample_nearest3d upsample_trilinear3d var view view_as_real zeros zeros_like
+        _adaptive_avg_pool2d _adaptive_avg_pool3d _log_softmax _softmax _to_copy _unsafe_view abs absolute acos acosh
+        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+        adaptive_max_pool3d addbmm addcdiv addcmul addmm addmv addr adjoint alias all amax amin aminmax angle any
+        arange arccos arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort asin asinh atan atan2 atanh
+        atleast_1d atleast_2d atleast_3d avg_pool1d avg_pool2d avg_pool3d baddbmm bilinear bitwise_not bmm
+        broadcast_tensors broadcast_to cat ceil celu channel_shuffle chunk clamp clamp_max clamp_min clip clone col2im
+        column_stack concat concatenate constant_pad_nd contiguous conv1d conv2d conv3d conv_depthwise3d
+        conv_transpose1d convolution cos cosh cosine_similarity cross cummax cummin cumprod cumsum deg2rad diag
+        diag_embed diagflat diagonal diagonal_scatter diff digamma dist dot dstack einsum elu embedding erf erfc
+        erfinv exp exp2 expand expand_as expm1 fix flip fliplr flipud floor floor_divide fmax fmin frac full full_like
+        gather gcd gelu ger glu grid_sampler group_norm gru_cell hardshrink hardsigmoid hardswish hardtanh heaviside
+        hstack hypot i0 im2col index_add index_reduce index_select inner instance_norm isfinite isinf isnan isneginf
+        isposinf kl_div kron kthvalue layer_norm lcm leaky_relu lgamma linalg_cross linalg_matrix_norm linalg_norm
+        linalg_vecdot linalg_vector_norm linear log log10 log1p log2 log_sigmoid logaddexp logaddexp2 logcumsumexp
+        logical_and logical_not logical_or logical_xor logit logsumexp lstm_cell mH mT masked_scatter matmul matrix_H
+        max max_pool1d max_pool2d max_pool2d_with_indices max_pool3d max_pool3d_with_indices maximum mean median
+        meshgrid min minimum mish mm mode msort mv nan_to_num nanmean nanmedian nanquantile nansum narrow
+        native_group_norm native_layer_norm neg negative new_full new_ones new_zeros nextafter numpy_T ones ones_like
+        outer pad pairwise_distance permute pixel_shuffle pixel_unshuffle positive prelu prod quantile rad2deg ravel
+        reciprocal reflection_pad1d reflection_pad2d reflection_pad3d relu relu6 repeat replication_pad1d
+        replication_pad2d replication_pad3d reshape reshape_as rms_norm roll rot90 round row_stack rsqrt scalar_tensor
+        scaled_dot_product_attention scatter_add select_scatter selu sgn sigmoid sign signbit silu sin sinc sinh
+        slice_scatter softplus softshrink sort special_airy_ai special_entr special_erf special_erfc special_erfcx
+        special_erfinv special_exp2 special_expit special_expm1 special_gammainc special_gammaincc special_gammaln
+        special_i0 special_i0e special_i1 special_i1e special_log1p special_log_ndtr special_log_softmax special_logit
+        special_logsumexp special_ndtr special_ndtri special_psi special_round special_sinc special_softmax
+        special_xlog1py special_xlogy split split_with_sizes sqrt square squeeze stack std std_mean sum swapaxes
+        swapdims t take take_along_dim tan tanh tensordot threshold tile topk trace tril triu trunc type_as unfold
+        unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d
+        upsample_nearest3d upsample_trilinear3d var var_mean vdot view view_as vstack where zero zeros zeros_like
     """,
     "Tensor": """
-        add bitwise_and bitwise_or bitwise_xor bucketize clamp clamp_max clamp_min div eq fill fmod ge gt index le
-        lerp lt masked_fill mul ne remainder rsub split sub
+        add bitwise_and bitwise_left_shift bitwise_or bitwise_right_shift bitwise_xor bucketize clamp clamp_max
+        clamp_min clip copysign div divide eq fill fmod frexp ge greater gt index ldexp le lerp less lt masked_fill
+        mul multiply narrow ne remainder rsub searchsorted slice split sub subtract true_divide xlogy
     """,
     "Scalar": """
-        add bitwise_and bitwise_or div eq floor_divide fmod ge gt le lerp lt masked_fill mul ne pow remainder rsub sub
-        where
+        add bitwise_and bitwise_or bitwise_xor bucketize copysign div divide eq fill float_power floor_divide fmod ge
+        greater gt le lerp less lt masked_fill mul multiply ne norm pow remainder rsub searchsorted sub subtract
+        true_divide where
     """,
-    "dim": "all any max mean median min squeeze std_mean",
-    "int": "log_softmax movedim select softmax transpose unbind unflatten",
+    "dim": "all any max mean median min nanmedian squeeze std std_mean var var_mean",
+    "Scalar_Tensor": """
+        bitwise_and bitwise_left_shift bitwise_or bitwise_right_shift bitwise_xor isin linspace remainder
+    """,
+    "int": "log_softmax moveaxis movedim select softmax transpose unbind unflatten",
     "vec": """
         upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d
         upsample_nearest3d upsample_trilinear3d
     """,
+    "Tensor_Scalar": "bitwise_left_shift bitwise_right_shift float_power isin linspace pow",
+    "dtype": "addmm baddbmm bmm mm to view",
+    "input": "conv_transpose2d conv_transpose3d gru lstm rnn_relu rnn_tanh",
+    "Tensor_Tensor": "float_power isin linspace pow",
+    "a": "mH mT matrix_H numpy_T",
     "correction": "std std_mean var var_mean",
+    "Sequence": "atleast_1d atleast_2d atleast_3d",
     "dims": "all any squeeze",
+    "other": "max min to",
     "padding": "conv1d conv2d conv3d",
-    "Tensor_Scalar": "isin pow",
-    "Tensor_Tensor": "isin pow",
-    "input": "conv_transpose2d conv_transpose3d",
+    "Scalar_mode": "div divide",
+    "Tensor_mode": "div divide",
+    "other_scalar": "special_xlog1py special_xlogy",
+    "scalar": "nanquantile quantile",
+    "self_scalar": "special_xlog1py special_xlogy",
     "stable": "argsort sort",
     "ScalarOpt_dim": "norm",
+    "ScalarOpt_dim_dtype": "norm",
+    "ScalarOpt_dtype": "norm",
     "ScalarOther": "where",
     "ScalarSelf": "where",
-    "Scalar_mode": "div",
-    "Tensor_mode": "div",
+    "Scalar_Other": "xlogy",
+    "Scalar_Self": "xlogy",
+    "Tensor_hacked_twin": "index",
     "decimals": "round",
+    "device": "to",
     "dim_IntList": "sum",
     "dim_int": "prod",
-    "dtype": "to",
     "dtype_layout": "to",
     "indexing": "meshgrid",
+    "indices": "tensor_split",
+    "int_Scalar": "index_fill",
+    "int_Tensor": "index_fill",
+    "intlist": "moveaxis",
+    "ord_str": "linalg_norm",
+    "prim_Device": "to",
+    "prim_dtype": "to",
+    "prim_other": "to",
+    "reduce": "scatter",
+    "sections": "tensor_split",
     "self": "where",
     "self_Tensor": "repeat_interleave",
     "self_int": "repeat_interleave",
+    "sizes": "split",
     "src": "scatter",
     "start": "arange",
     "start_step": "arange",
+    "sublist": "einsum",
+    "tensor_indices_or_sections": "tensor_split",
+    "two": "scatter_reduce",
     "using_ints": "flatten",
     "value": "scatter",
+    "value_reduce": "scatter",
 }
 
 
