@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sparse_engine.errors import ShapeError, SparseEngineError
+from sparse_engine.ops.kd_loss import kd_rows, reference
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -109,14 +110,9 @@ class _Options:
 
 
 class _SoftmaxLoss(torch.autograd.Function):
-    """Loss and gradient in one pass over the logits.
+    """Loss and gradient in one pass over the logits, by the op ``kd_rows``: the reduction's factors go into its scales.
 
-    Per sample, with p = softmax(z), p_T = softmax(z/T), q the teacher's probabilities::
-
-        ∂hard/∂z = (1 − ε) w_y (p − e_y) + ε/C (p Σ_c w_c − w)
-        ∂soft/∂z = T (p_T − q)
-
-    When a second derivative is wanted (meta-gradients) the backward pass evaluates the same formula on the saved logits
+    When a second derivative is wanted (meta-gradients) the backward pass evaluates the op's formula on the saved logits
     with autograd on.
     """
 
@@ -130,142 +126,76 @@ class _SoftmaxLoss(torch.autograd.Function):
         sample_weights: Tensor | None,
         options: _Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        need_gradient = ctx.needs_input_grad[0]
-        hard, soft, gradient = _evaluate(
-            logits.detach(), targets, teacher, class_weights, sample_weights, options, need_gradient
+        classes = logits.shape[-1]
+        exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        rows = logits.detach().reshape(-1, classes)
+        labels = None if targets is None else targets.reshape(-1).long()
+        theirs = None if teacher is None else teacher.reshape(-1, classes).to(rows.dtype)
+        weights = None if class_weights is None else class_weights.detach().to(exact)
+        hard_scale, soft_scale = _scales(rows, labels, weights, sample_weights, options, exact)
+        ctx.settings = (
+            options.temperature, not options.teacher_is_logits, options.soft_form == "kl", options.hard_weight != 0,
+            options.label_smoothing, options.ignore_index,
+        )  # fmt: skip
+        names = ("temperature", "soft_targets", "kl", "hard", "label_smoothing", "ignore_index")
+        if labels is None and theirs is None:
+            raise SparseEngineError("the loss has no part left: give targets, teacher_logits or soft_targets")
+        hard, soft, gradient = kd_rows(
+            rows, labels, theirs, class_weights=weights, hard_scale=hard_scale * options.hard_weight,
+            soft_scale=soft_scale * options.soft_weight, gradient=ctx.needs_input_grad[0],
+            **dict(zip(names, ctx.settings, strict=True)),
+        )  # fmt: skip
+        hard, soft = (
+            (part * scale).view(logits.shape[:-1]) for part, scale in ((hard, hard_scale), (soft, soft_scale))
         )
-        total, hard, soft = _combine(hard, soft, targets, class_weights, sample_weights, options)
-        ctx.save_for_backward(logits, targets, teacher, class_weights, sample_weights, gradient)
-        ctx.options = options
+        if options.reduction != "none":
+            hard, soft = hard.sum(), soft.sum()
+        ctx.save_for_backward(
+            logits,
+            labels,
+            theirs,
+            weights,
+            hard_scale * options.hard_weight,
+            soft_scale * options.soft_weight,
+            gradient,
+        )
+        ctx.reduction = options.reduction
         ctx.mark_non_differentiable(hard, soft)
-        return total, hard, soft
+        return options.hard_weight * hard + options.soft_weight * soft, hard, soft
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        logits, targets, teacher, class_weights, sample_weights, gradient = ctx.saved_tensors
+        logits, labels, theirs, weights, hard_scale, soft_scale, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
-            *_, gradient = _evaluate(logits, targets, teacher, class_weights, sample_weights, ctx.options, True)
-        if ctx.options.reduction == "none":
+            rows = logits.reshape(-1, logits.shape[-1])
+            *_, gradient = reference(rows, labels, theirs, weights, hard_scale, soft_scale, *ctx.settings, True)
+        if ctx.reduction == "none":
             upstream = upstream.unsqueeze(-1)
-        return (upstream * gradient).to(logits.dtype), None, None, None, None, None
+        return (upstream * gradient.view(logits.shape)).to(logits.dtype), None, None, None, None, None
 
 
-def _evaluate(
-    logits: Tensor,
-    targets: Tensor | None,
-    teacher: Tensor | None,
+def _scales(
+    rows: Tensor,
+    labels: Tensor | None,
     class_weights: Tensor | None,
     sample_weights: Tensor | None,
     options: _Options,
-    need_gradient: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Per-sample hard and soft loss (unweighted) and the gradient of the *reduced* loss, in float32 or float64."""
-    z = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    classes = z.shape[-1]
-    valid = _valid(targets, options)
-    hard_count, soft_count = _denominators(z[..., 0], targets, valid, class_weights, options)
-    factor = (
-        torch.ones(z.shape[:-1], dtype=z.dtype, device=z.device) if sample_weights is None else sample_weights.to(z)
-    )
-    if valid is not None:
-        factor = factor * valid
-    hard = soft = None
-    parts: list[Tensor] = []
-    if options.hard_weight and targets is not None:
-        log_p = torch.log_softmax(z, -1)
-        label = targets if valid is None else targets.where(valid, torch.zeros_like(targets))
-        weight = None if class_weights is None else class_weights.to(z)
-        at_label = log_p.gather(-1, label.unsqueeze(-1)).squeeze(-1)
-        of_label = torch.ones_like(at_label) if weight is None else weight[label]
-        epsilon = options.label_smoothing
-        hard = -(1 - epsilon) * of_label * at_label
-        if epsilon:
-            hard = hard - epsilon / classes * (log_p if weight is None else log_p * weight).sum(-1)
-        if valid is not None:
-            hard = hard.where(valid, torch.zeros_like(hard))
-        if need_gradient:
-            p = log_p.exp()
-            mass = (1 - epsilon) * of_label
-            part = p * (mass if not epsilon else mass + epsilon / classes * _weight_sum(weight, classes)).unsqueeze(-1)
-            part = part.scatter_add(-1, label.unsqueeze(-1), -mass.unsqueeze(-1).to(part.dtype))
-            if epsilon:
-                part = part - epsilon / classes * (1.0 if weight is None else weight)
-            parts.append(part * (factor * (options.hard_weight / hard_count)).unsqueeze(-1))
-    if teacher is not None:
-        temperature = options.temperature
-        log_pt = torch.log_softmax(z / temperature, -1)
-        if options.teacher_is_logits:
-            log_q = torch.log_softmax(teacher.to(z.dtype) / temperature, -1)
-            q = log_q.exp()
-            own = q * log_q
-        else:
-            q = teacher.to(z.dtype)
-            own = torch.xlogy(q, q)
-        cross = q * log_pt
-        terms = (own - cross if options.soft_form == "kl" else -cross).where(q > 0, torch.zeros_like(q))
-        soft = temperature**2 * terms.sum(-1)
-        if valid is not None:
-            soft = soft.where(valid, torch.zeros_like(soft))
-        if need_gradient:
-            total = q.sum(-1, keepdim=True) if not options.teacher_is_logits else 1.0
-            part = temperature * (log_pt.exp() * total - q)
-            parts.append(part * (factor * (options.soft_weight / soft_count)).unsqueeze(-1))
-    if not need_gradient:
-        return hard, soft, None
-    gradient = parts[0] if len(parts) == 1 else parts[0] + parts[1] if parts else torch.zeros_like(z)
-    if valid is not None:  # 0 · inf of an ignored sample would be NaN
-        gradient = gradient.where(valid.unsqueeze(-1), torch.zeros_like(gradient))
-    return hard, soft, gradient
-
-
-def _combine(
-    hard: Tensor | None,
-    soft: Tensor | None,
-    targets: Tensor | None,
-    class_weights: Tensor | None,
-    sample_weights: Tensor | None,
-    options: _Options,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights and reduction, as the gradient has them."""
-    known = hard if hard is not None else soft
-    if known is None:
-        raise SparseEngineError("the loss has no part left: give targets, teacher_logits or soft_targets, and a weight")
-    hard_count, soft_count = _denominators(known, targets, _valid(targets, options), class_weights, options)
-    pieces = []
-    for part, count in ((hard, hard_count), (soft, soft_count)):
-        if part is None:
-            pieces.append(torch.zeros_like(known if options.reduction == "none" else known.sum()))
-            continue
-        part = part if sample_weights is None else part * sample_weights.to(part)
-        pieces.append(part if options.reduction == "none" else part.sum() / count)
-    if hard is None or soft is None:
-        weight = options.soft_weight if hard is None else options.hard_weight
-        total = pieces[hard is None] * weight
-    else:
-        total = options.hard_weight * pieces[0] + options.soft_weight * pieces[1]
-    return total, pieces[0], pieces[1]
-
-
-def _valid(targets: Tensor | None, options: _Options) -> Tensor | None:
-    return None if targets is None else targets != options.ignore_index
-
-
-def _denominators(
-    like: Tensor, targets: Tensor | None, valid: Tensor | None, class_weights: Tensor | None, options: _Options
-) -> tuple[Tensor | float, Tensor | float]:
-    """What the sums of the hard and the soft part are divided by; ``like`` has one entry per sample."""
+    exact: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The factor on each row's hard and soft loss: its sample weight over what the mean divides by."""
+    factor = rows.new_ones(len(rows), dtype=exact)
+    if sample_weights is not None:
+        factor = factor * sample_weights.detach().reshape(-1).to(exact)
     if options.reduction != "mean":
-        return 1.0, 1.0
-    count: Tensor | float = float(max(1, like.numel())) if valid is None else valid.sum().clamp(min=1).to(like.dtype)
-    if class_weights is None or targets is None or valid is None:
-        return count, count
-    of_label = class_weights.to(like)[targets.where(valid, torch.zeros_like(targets))] * valid
-    total = of_label.sum()
-    return total.where(total > 0, torch.ones_like(total)), count
-
-
-def _weight_sum(weight: Tensor | None, classes: int) -> Tensor | float:
-    return float(classes) if weight is None else weight.sum()
+        return factor, factor
+    if labels is None:
+        return factor / max(1, len(rows)), factor / max(1, len(rows))
+    valid = labels != options.ignore_index
+    count = valid.sum().clamp(min=1).to(exact)
+    if class_weights is None:
+        return factor / count, factor / count
+    of_labels = (class_weights[labels.where(valid, torch.zeros_like(labels))] * valid).sum()
+    return factor / of_labels.where(of_labels > 0, torch.ones_like(of_labels)), factor / count
 
 
 def _checked(
@@ -317,7 +247,10 @@ def _checked(
             )
     if targets is not None and (targets.is_floating_point() or targets.dtype == torch.bool):
         raise ShapeError(f"targets are {targets.dtype}; labels have to be integers (probabilities go to soft_targets)")
-    if targets is not None and targets.device.type == "cpu" and targets.numel() and hard_weight:
+    # reading labels costs a synchronisation on a GPU and a graph break under torch.compile; there the gather checks
+    # them
+    readable = targets is not None and targets.device.type == "cpu" and not torch.compiler.is_compiling()
+    if targets is not None and readable and targets.numel() and hard_weight:
         real = targets[targets != ignore_index]
         if real.numel() and not (int(real.min()) >= 0 and int(real.max()) < logits.shape[-1]):
             raise SparseEngineError(

@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_layer_and_advice(tmp_path):
     [
         ({"prune.sparsity": 0.9999}, "fewer than the 3 layers"),
         (
-            {"prune.sparsity": 0.998, "prune.scope": "layer", "model.options": {"hidden": [4, 24]}},
+            {"prune.sparsity": 0.97, "prune.scope": "layer", "model.options": {"hidden": [2, 2]}},
             "leaves nothing of fc2",
         ),
         ({"model.name": "resnet8", "model.options": {"in_channels": 3}}, "cannot take this data's samples"),
