@@ -471,6 +471,23 @@ def aot_cases(arch: str) -> list:
     common = {"x_stride": "i32", "out_stride": "i32", "tokens": "i32", "n_out": "i32", "n_in": "i32", "slope": "fp32"}
     index = dict.fromkeys(("ptr_ptr", "index_ptr", "order_ptr", "out_order_ptr"), "*i32")
     shapes = [(side, side) for side in BLOCK_SIZES] + [(16, 128), (128, 16), (32, 64), (64, 32)]
+    for activation in ("relu", "leaky_relu", "silu", "sigmoid", "gelu_tanh", "tanh", "hardswish"):
+        config = dsd_config(arch, 64, 64, torch.bfloat16, 4096)
+        found.append(
+            AotCase(
+                name=f"bf16 64×64, residual, {activation}, ragged inputs",
+                kernel=dsd_kernel,
+                signature=dict.fromkeys(("x_ptr", "values_ptr", "bias_ptr", "residual_ptr", "out_ptr"), "*bf16")
+                | index
+                | common,
+                constants={"OUT_BLOCK": 64, "IN_BLOCK": 64, "TRANSPOSED": False, "HAS_BIAS": True, "HAS_RESIDUAL": True}
+                | {"EVEN_IN": False, "ACTIVATION": activation, "PRECISION": "ieee"}
+                | {"BLOCK_T": config["BLOCK_T"], "BLOCK_K": config["BLOCK_K"]},
+                options={"num_warps": config["num_warps"], "num_stages": config["num_stages"]},
+                expects=tensor_core(arch, True),
+                divisible=("n_in", "n_out"),
+            )
+        )
     for out_block, in_block in shapes:
         for kind, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
             if kind != "bf16" and (out_block, in_block) not in ((64, 64), (128, 128)):

@@ -464,7 +464,14 @@ def aot_cases(arch: str) -> list:
     sizes = ("pixels", "height", "width", "out_height", "out_width", "x_channels", "y_channels", "kept_in", "kept_out")
     geometry = {"SH": 1, "SW": 1, "DH": 1, "DW": 1}
     for kind in ("bf16", "fp32"):
-        for side, run, gradient in ((3, 8, False), (3, 1, False), (1, 8, False), (3, 8, True)):
+        for side, run, gradient in (
+            (3, 8, False),
+            (3, 2, False),
+            (3, 1, False),
+            (1, 8, False),
+            (3, 8, True),
+            (3, 1, True),
+        ):
             config = conv_config(arch, 128, 128, 1 << 20, run, kind == "fp32")
             found.append(
                 AotCase(

@@ -507,6 +507,9 @@ def aot_cases(arch: str) -> list:
         ("bf16", 1000, flags | {"SOFT": "probabilities"}),
         ("bf16", 1000, flags | {"SOFT": "none", "SMOOTH": True, "T_POWER": 1}),
         ("bf16", 32000, flags | {"GRADIENT": False}),
+        ("bf16", 1000, flags | {"HARD": False, "LABELS": False}),
+        ("bf16", 32000, flags | {"HARD": False, "LABELS": False, "INDEXED": True}),
+        ("bf16", 32000, flags | {"SOFT": "probabilities", "T_POWER": 0}),
     ]
     for kind, classes, chosen in variants:
         config = distill_config(arch, classes)
