@@ -13,8 +13,11 @@ from torch.nn import functional
 
 from sparse_engine.convert.api import relative_error
 from sparse_engine.convert.capture import capture
+from sparse_engine.convert.executable import Executable
 from sparse_engine.convert.graph import build_structure
+from sparse_engine.convert.passes import optimise
 from sparse_engine.errors import CaptureError
+from tests.helpers import assert_close_to_fp64
 
 
 class Function(nn.Module):
@@ -173,6 +176,20 @@ def test_native_functions(name: str) -> None:
         (result,) = captured.graph.run([x])
         assert result.shape == expected.shape
         assert relative_error(result, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_kernels_agree_with_the_reference(name: str) -> None:
+    """The plan of every function, not optimised and optimised, against the same graph in double precision."""
+    function, shape, _ = NATIVE[name]
+    module = function if isinstance(function, nn.Module) else wrap(function)
+    graph = capture(module.eval(), (torch.randn(*shape),)).graph
+    reference = graph.to(torch.float64)
+    for executable in (Executable(graph), Executable(optimise(graph))):
+        for batch in (1, 2, 5, 18):
+            x = torch.randn(batch, *shape[1:])
+            expected = reference.run([x.double()])[0]
+            assert_close_to_fp64(executable(x), expected, 1e-5, f"{name} at batch size {batch}")
 
 
 FALLBACK: dict[str, tuple[Callable[..., Any] | nn.Module, Sequence[int], str]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from sparse_engine.convert.graph import Dim, Graph, Node, Value, size_to_json
+from sparse_engine.convert.graph import Dim, Graph, Node, Value, numel, size_to_json
 from sparse_engine.convert.passes.editing import Editor
 from sparse_engine.convert.reference import evaluate
 
@@ -111,11 +111,8 @@ def fold_constants(graph: Graph) -> int:
         tensors = [editor.constant(name) for name in node.inputs]
         if any(tensor is None for tensor in tensors):
             continue
-        value = graph.values[node.output]
-        elements = 1
-        for size in value.shape:
-            elements *= _FOLDABLE_ELEMENTS if isinstance(size, Dim) else size
-        if elements > _FOLDABLE_ELEMENTS:
+        elements = numel(graph.values[node.output].shape)
+        if isinstance(elements, Dim) or elements > _FOLDABLE_ELEMENTS:
             continue
         params = {role: graph.constants[name] for role, name in node.params.items()}
         result = evaluate(node.op, [tensor for tensor in tensors if tensor is not None], params, node.attrs)
