@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 
-from sparse_engine.convert.graph import Dim, Graph, Node, Value, numel, size_to_json
+from sparse_engine.convert.graph import Dim, Graph, Node, Value, size_to_json
 from sparse_engine.convert.passes.editing import Editor
 from sparse_engine.convert.reference import evaluate
 
@@ -111,8 +112,8 @@ def fold_constants(graph: Graph) -> int:
         tensors = [editor.constant(name) for name in node.inputs]
         if any(tensor is None for tensor in tensors):
             continue
-        elements = numel(graph.values[node.output].shape)
-        if isinstance(elements, Dim) or elements > _FOLDABLE_ELEMENTS:
+        shape = graph.values[node.output].shape
+        if any(isinstance(size, Dim) for size in shape) or math.prod(map(int, shape)) > _FOLDABLE_ELEMENTS:
             continue
         params = {role: graph.constants[name] for role, name in node.params.items()}
         result = evaluate(node.op, [tensor for tensor in tensors if tensor is not None], params, node.attrs)
