@@ -38,7 +38,7 @@ RELEASE := build/release-$(notdir $(CXX))
 endif
 CMAKE := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake
 CONFIGURE = $(CMAKE) -S . -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python $(CXX_FOR_CMAKE)
-CLANG_FORMAT_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CLANG_FORMAT_FILES = $(shell find csrc tests/cpp tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .PHONY: help setup build build-cuda build-tests demo test test-cpp test-slow test-kernels test-asan test-tsan lint lint-cpp format bench tables clean
 
