@@ -75,7 +75,7 @@ build-tests: $(RELEASE)/build.ninja
 demo: build
 	$(BIN)/python examples/demo.py
 
-test: test-cpp build-cuda
+test: test-cpp
 	$(BIN)/python -m pytest $(TESTS)
 
 test-cpp: build build-tests
@@ -84,7 +84,7 @@ test-cpp: build build-tests
 test-slow: build
 	$(BIN)/python -m pytest tests -m slow
 
-test-kernels: build-cuda
+test-kernels: build
 	$(BIN)/python -m pytest tests/kernels tests/cuda
 
 test-asan: | $(STAMP)
