@@ -142,6 +142,7 @@ def plot_roofline(layers: Sequence[LayerTime], ceilings: Ceilings) -> str:
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
     axes.set_xlabel("FLOPs that remain per byte of least traffic")
     axes.set_ylabel("GFLOP/s over the FLOPs that remain")
     if points:
@@ -176,6 +177,7 @@ def plot_latency(results: Sequence[Mapping[str, Any]]) -> str:
     # One interrupted call must not squeeze the bars: whiskers may leave the picture.
     tallest = max(result[key]["p50"] / result["batch"] for result in results for key in ("dense", "executable"))
     axes.set_ylim(0, 1.5 * tallest)
+    axes.set_xlim(-0.7, max(len(results), 3) - 0.3)
     axes.set_xticks(list(places), [f"batch {result['batch']}" for result in results])
     axes.set_ylabel("ms per sample")
     axes.legend(loc="upper right", fontsize=8)
@@ -189,6 +191,8 @@ def plot_training(rows: Sequence[Mapping[str, Any]]) -> str:
     epochs = range(1, len(rows) + 1)
     _line(left, epochs, [row.get("loss") for row in rows], SPARSE, "training loss")
     left.set(xlabel="epoch", ylabel="loss")
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     _line(right, epochs, [row.get("train_accuracy") for row in rows], SPARSE, "training")
     _line(right, epochs, [row.get("test_accuracy") for row in rows], ACCENT, "test")
     right.set(xlabel="epoch", ylabel="accuracy")
