@@ -25,6 +25,7 @@ from .study import (
     STAGES,
     TEACHERS,
     ridge_bias,
+    stage_sets,
 )  # fmt: skip
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reproduction.md"
@@ -153,21 +154,21 @@ def claims(rows: Rows) -> list[tuple[str, str, str, str]]:
     def pipe(method: str, density: float) -> Figure:
         return rows.figure("pipeline", method=method, density=density)
 
-    def stage(*stages: str) -> Figure:
+    def stage(*stages: str, method: str = "stages") -> Figure:
         ordered = [name for name in STAGES if name in stages]
-        return rows.figure("pipeline", method="ablation", density=0.02, stages=ordered)
+        return rows.figure("pipeline", method=method, density=0.02, stages=ordered)
 
     low = DENSITIES[-1]
     for method in ("magnitude", "iterative", "random", "snip", "grasp", "rigl"):
         pairs = [(pipe("pipeline", low), pipe(method, low))]
         add("pipeline", f"the pipeline is above {method} at {low:.0%} density", pairs, "density")
-    subsets = [[s for i, s in enumerate(STAGES) if bits >> i & 1] for bits in range(32)]
-    effects = {}
-    for name in STAGES:
-        with_it = [
-            (stage(*s, name), stage(*s)) for s in subsets if name not in s and (name == "zero" or "zero" not in s)
-        ]
-        effects[name] = compare(with_it)
+    sets = stage_sets()
+    effects = {
+        name: compare(
+            [(stage(*s, name), stage(*s)) for s in sets if name not in s and sorted([*s, name]) in map(sorted, sets)]
+        )
+        for name in STAGES
+    }
     known = {name: effect for name, effect in effects.items() if effect[2]}
     if "mask" in known and len(known) > 1:
         best = max(known, key=lambda name: known[name][1])
@@ -176,12 +177,13 @@ def claims(rows: Rows) -> list[tuple[str, str, str, str]]:
         out.append(("pipeline", "the learned mask does most of it", verdict, f"mean effect of each stage: {figures}"))
     else:
         out.append(("pipeline", "the learned mask does most of it", "not yet run", ""))
-    pairs = [(stage("mask"), stage("zero", "mask")), (stage("zero"), stage("zero", "mask"))]
+    alone = [stage(name, method="ablation") for name in ("mask", "zero")]
+    pairs = [(figure, stage("zero", "mask", method="ablation")) for figure in alone]
     add("pipeline", "ZerO and the mask together fall below either alone (collapse)", pairs, "comparisons")
     pairs = [
         (
             rows.figure("pipeline", method="remedy", density=0.02, stages=["zero", "mask"], remedy=remedy),
-            stage("zero", "mask"),
+            stage("zero", "mask", method="ablation"),
         )
         for remedy in ("open", "warmup", "open+warmup")
     ]
@@ -257,14 +259,20 @@ def tables(rows: Rows) -> list[str]:
     for method in ("pipeline", "magnitude", "iterative", "random", "snip", "grasp", "rigl"):
         cells = [str(rows.figure("pipeline", method=method, density=d)) for d in DENSITIES]
         out.append(f"| {method} | " + " | ".join(cells) + " |")
-    out += ["", "Stages at 2 % density (every combination; magnitude pruning is always the second step):", ""]
+    out += [
+        "",
+        "Stages at 2 % density (magnitude pruning is always the second step; the penalties of the gates warm up):",
+        "",
+    ]
     out += ["| " + " | ".join(STAGES) + " | accuracy | mean openness of the gates |", "| --- |" * 1 + " --- |" * 6]
-    for bits in range(32):
-        stages = [name for i, name in enumerate(STAGES) if bits >> i & 1]
-        figure = rows.figure("pipeline", method="ablation", density=0.02, stages=stages)
-        openness = rows.figure("pipeline", "gate_openness", method="ablation", density=0.02, stages=stages)
+    for stages in stage_sets():
+        figure = rows.figure("pipeline", method="stages", density=0.02, stages=stages)
+        openness = rows.figure("pipeline", "gate_openness", method="stages", density=0.02, stages=stages)
         marks = " | ".join("×" if name in stages else "" for name in STAGES)
         out.append(f"| {marks} | {figure} | {f'{openness.mean:.1f} %' if openness.values else ''} |")
+    for stages in (["zero"], ["mask"], ["zero", "mask"]):
+        figure = rows.figure("pipeline", method="ablation", density=0.02, stages=stages)
+        out.append(f"\nWithout warm-up of the penalties, {' and '.join(stages)}: {figure}.")
     for remedy in ("open", "warmup", "open+warmup"):
         figure = rows.figure("pipeline", method="remedy", density=0.02, stages=["zero", "mask"], remedy=remedy)
         out.append(f"\nZerO and mask with the remedy *{remedy}*: {figure}.")

@@ -163,15 +163,23 @@ STAGES = ("zero", "mask", "smoothing", "activations", "skips")
 
 
 def pipeline_cells(scale: str) -> Iterator[Cell]:
-    """Baselines and the pipeline by density; all 2⁵ combinations of its stages at one density; the remedies."""
+    """Baselines and the pipeline by density; combinations of its stages at one density; ZerO with a mask."""
     for density in DENSITIES:
         for method in ("pipeline", "magnitude", "iterative", "random", "snip", "grasp", "rigl"):
             yield {"kind": "pipeline", "method": method, "density": density}
-    for bits in range(32):
-        stages = [name for i, name in enumerate(STAGES) if bits >> i & 1]
+    for stages in stage_sets():
+        yield {"kind": "pipeline", "method": "stages", "density": 0.02, "stages": stages}
+    # the collapse: penalties in full force from the first step on, and what helps against it
+    for stages in (["zero"], ["mask"], ["zero", "mask"]):
         yield {"kind": "pipeline", "method": "ablation", "density": 0.02, "stages": stages}
     for remedy in ("open", "warmup", "open+warmup"):
         yield {"kind": "pipeline", "method": "remedy", "density": 0.02, "stages": ["zero", "mask"], "remedy": remedy}
+
+
+def stage_sets() -> list[list[str]]:
+    """All combinations of the last four stages, and ZerO alone, with the mask, and with everything."""
+    sets = [[name for i, name in enumerate(STAGES[1:]) if bits >> i & 1] for bits in range(16)]
+    return [*sets, ["zero"], ["zero", "mask"], list(STAGES)]
 
 
 def _pipeline(cell: Cell, epochs: int) -> dict[str, Any]:
@@ -202,7 +210,7 @@ def _pipeline(cell: Cell, epochs: int) -> dict[str, Any]:
             "pretrain.gates": "bernoulli", "pretrain.variance_penalty": 0.0, "pretrain.size_penalty": 3e-4,
             "pretrain.gate_learning_rate": 0.1, "pretrain.penalty_warmup": 0.0,
         })  # fmt: skip
-        if method == "pipeline":
+        if method in ("pipeline", "stages"):
             out["pretrain.penalty_warmup"] = 0.3
         if "open" in remedy:
             out["pretrain.initial"] = 0.999
