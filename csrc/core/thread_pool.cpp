@@ -8,6 +8,8 @@
 #include <thread>
 #include <vector>
 
+#include "core/cpu_features.h"
+
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #define SE_PAUSE() _mm_pause()
@@ -34,7 +36,8 @@ struct alignas(64) Job {
 
 int available_cores() {
     cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+    // cpu_info() knows the container's quota too: more threads than that would be stopped in the middle of their work.
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, std::min(CPU_COUNT(&set), cpu_info().available_cpus));
     return std::max(1u, std::thread::hardware_concurrency());
 }
 
