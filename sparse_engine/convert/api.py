@@ -93,6 +93,7 @@ def convert(
     step("rewriting the graph")
     counts: Counter[str] = Counter()
     graph = optimise(captured.graph, counts)
+    _own_constants(graph, plain)
     step("choosing kernels")
     choices = _choose(graph, examples, tune, threads)
     executable = Executable(
@@ -130,6 +131,14 @@ def _check_arguments(device: str | torch.device, dtype: torch.dtype, threads: in
     check_threads(threads)
     if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not bound > 0 or not math.isfinite(bound):
         raise ConvertError(f"bound must be a positive number, not {bound!r}")
+
+
+def _own_constants(graph: Graph, model: nn.Module) -> None:
+    """Copy constants that still are the user's tensors: training may go on, the executable stays as it is."""
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    for name, tensor in graph.constants.items():
+        if tensor.untyped_storage().data_ptr() in theirs:
+            graph.constants[name] = tensor.clone()
 
 
 def _choose(graph: Graph, examples: tuple[Tensor, ...], tune: bool, threads: int | None) -> dict[str, Any] | None:

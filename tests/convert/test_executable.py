@@ -354,6 +354,18 @@ def test_progress_is_told(model: nn.Module) -> None:
     assert "verifying the outputs" in steps
 
 
+def test_training_goes_on_without_the_executable() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 4))
+    executable = se.convert(model, torch.randn(2, 3, 2, 2), tune=False)
+    inputs = [torch.randn(batch, 3, 2, 2) for batch in (2, 6)]
+    expected = [model(x).detach() for x in inputs]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    for x, before in zip(inputs, expected, strict=True):
+        assert close(executable(x), before)
+
+
 # ---- benchmark
 
 
