@@ -204,7 +204,8 @@ def measure(args: argparse.Namespace) -> None:
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(
-            f"{method:30s} target {target:.2f} seed {seed}: {row['accuracy']:.4f} at {row['flops']:.3f} of the FLOPs, {row['seconds']:.0f} s",
+            f"{method:30s} target {target:.2f} seed {seed}: {row['accuracy']:.4f} at "
+            f"{row['flops']:.3f} of the FLOPs, {row['seconds']:.0f} s",
             flush=True,
         )
 
@@ -224,7 +225,8 @@ def report(path: str) -> None:
         mine = [row for row in rows if (row["method"], row["target"]) == (method, target)]
         retained = [row["accuracy"] / dense[row["seed"]] for row in mine if row["seed"] in dense]
         print(
-            f"| {method} | {statistics.mean(r['flops'] for r in mine):.3f} | {len(mine)} | {spread([r['accuracy'] for r in mine])} | {spread(retained)} |"
+            f"| {method} | {statistics.mean(r['flops'] for r in mine):.3f} | {len(mine)} | "
+            f"{spread([r['accuracy'] for r in mine])} | {spread(retained)} |"
         )
 
 

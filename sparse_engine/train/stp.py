@@ -2,14 +2,15 @@
 
 One training run gives a network whose smaller subnet needs no fine-tuning:
 
-* *stimulative training*: every step trains the full network on the labels and one subnet on the full network's outputs. No penalty pushes weights down:
-  those of the subnet grow, the rest stay, and removing the rest costs little.
-* *knowledge-guided shrinking*: a pool of depths, each with its own widths, shrinks step by step; what goes is the step whose subnet lost the least
-  agreement with the full network for the operations it saved.
+* *stimulative training*: every step trains the full network on the labels and one subnet on the full network's
+  outputs. No penalty pushes weights down: those of the subnet grow, the rest stay, and removing the rest costs
+  little.
+* *knowledge-guided shrinking*: a pool of depths, each with its own widths, shrinks step by step; what goes is the
+  step whose subnet lost the least agreement with the full network for the operations it saved.
 * *mutating expansion*: each step also trains a random larger subnet on the full network's outputs.
 
-The paper has no public code. Facts about the loss and the overall search are its own; step sizes, the share of training for each part and every tie are
-choices made here, named in `StpPart`.
+The paper has no public code. Facts about the loss and the overall search are its own; step sizes, the share of
+training for each part and every tie are choices made here, named in `StpPart`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,7 @@ from sparse_engine.distill.batch import Batch, Forward
 from sparse_engine.distill.functional import kd_loss
 from sparse_engine.distill.objectives import Objective
 from sparse_engine.errors import PruneError
-from sparse_engine.prune.structured.capture import ExampleInputs
-from sparse_engine.prune.structured.targets import Cost, cost_named
+from sparse_engine.prune.structured.targets import Cost, Latency, cost_named, time_layer
 
 from .loop import Mechanism, Phase
 from .recipe import StpPart, check_stp
@@ -83,7 +83,7 @@ class StimulativeTraining(Objective):
     Args:
         supernet: of the model that is trained.
         part: the settings.
-        cost: instead of the one that ``part.cost`` names, e.g. a `Latency` that measures executables.
+        cost: instead of the one that ``part.cost`` names (for ``latency`` the sum of the layers' times as executables).
         seed: of everything drawn.
         steps: optimiser steps of the whole training, for the step size of the search; `mechanism` fills it in.
 
@@ -96,7 +96,7 @@ class StimulativeTraining(Objective):
     ) -> None:
         check_stp(part)
         self.supernet, self.part = supernet, part
-        self.cost = cost or cost_named(part.cost)
+        self.cost = cost or (Latency(measure=executable_time) if part.cost == "latency" else cost_named(part.cost))
         self.steps = steps
         self.share = 0.0
         self.generator = torch.Generator().manual_seed(seed)
@@ -105,7 +105,8 @@ class StimulativeTraining(Objective):
         least = supernet.cost(self._smallest(), self.cost)
         if least > self.limit:
             raise PruneError(
-                f"the target of {self.limit:,.6g} {self.cost.unit} is out of reach: the smallest subnet needs {least:,.6g} of {self.full_cost:,.6g}; "
+                f"the target of {self.limit:,.6g} {self.cost.unit} is out of reach: the smallest "
+                f"subnet needs {least:,.6g} of {self.full_cost:,.6g}; "
                 "raise stp.target"
             )
         self.pool: list[Member] = []
@@ -438,13 +439,19 @@ def verify_extraction(supernet: Supernet, subnet: Subnet, network: nn.Module, in
     error = float((sliced - extracted).abs().max() / sliced.abs().max().clamp_min(torch.finfo(sliced.dtype).tiny))
     if not error <= 1e-5:
         raise PruneError(
-            f"the extracted network differs from the sliced subnet by {error:.3g} of the output's scale; please report this model"
+            f"the extracted network differs from the sliced subnet by {error:.3g} of the output's "
+            "scale; please report this model"
         )
     return error
 
 
-def build(
-    model: nn.Module, example_inputs: ExampleInputs, part: StpPart, *, cost: Cost | None = None, seed: int = 0
-) -> StimulativeTraining:
-    """The objective of STP for a model: the supernet and the search in one call."""
-    return StimulativeTraining(Supernet(model, example_inputs), part, cost=cost, seed=seed)
+def executable_time(layer: nn.Module, x: Tensor) -> float:
+    """The median time in milliseconds of one layer as a CPU executable; what ``stp.cost=latency`` measures.
+
+    Example::
+
+        prune_channels(model, x, target=4.0, cost=Latency(measure=executable_time))
+    """
+    from sparse_engine.convert import convert
+
+    return time_layer(convert(layer, (x,), verify=False), x)

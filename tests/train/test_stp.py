@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from sparse_engine.distill.batch import Batch
 from sparse_engine.errors import PruneError, RecipeError
-from sparse_engine.prune.structured import compaction_spec, load_compact
+from sparse_engine.prune.structured import Latency, compaction_spec, load_compact
 from sparse_engine.train import load_recipe, models, run
 from sparse_engine.train.recipe import StpPart
-from sparse_engine.train.stp import StimulativeTraining
+from sparse_engine.train.stp import StimulativeTraining, executable_time
 from sparse_engine.train.supernet import Subnet, Supernet
 
 
@@ -143,6 +143,18 @@ def test_a_checkpoint_continues_the_same_search():
     assert runs[-1].best().subnet == straight.best().subnet
 
 
+def test_a_latency_target_is_measured_on_executables():
+    """The table is filled by converting single layers; on a made-up clock the subnet meets its milliseconds."""
+    assert 0 < executable_time(torch.nn.Conv2d(2, 3, 1).eval(), torch.randn(1, 2, 4, 4)) < 1000
+    clock = Latency(measure=lambda layer, x: layer.weight.numel() * 1e-3, rounding=2)
+    net = family()
+    limit = 0.5 * net.cost(net.full, clock)
+    objective = StimulativeTraining(net, StpPart(target=limit, cost="latency", pool=2), cost=clock)
+    small = objective.finish([torch.randn(4, 1, 8, 8)])
+    assert net.cost(objective.subnet, clock) <= limit
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.model.parameters())
+
+
 def test_errors():
     with pytest.raises(PruneError, match="out of reach"):
         StimulativeTraining(family(), StpPart(target=0.01))
@@ -160,7 +172,8 @@ def test_errors():
 @pytest.mark.slow
 def test_a_whole_run_learns_and_resumes(tmp_path):
     settings = {
-        "model.name": "resnet14", "model.options": {"option": "B", "width": 8}, "train.epochs": 8, "train.batch_size": 32,
+        "model.name": "resnet14", "model.options": {"option": "B", "width": 8}, "train.epochs": 8,
+        "train.batch_size": 32,
         "train.learning_rate": 0.05, "stp.target": 0.4, "stp.pool": 3, "convert.enabled": False,
     }  # fmt: skip
     result = run("stp", "digits", out=tmp_path / "run", progress=False, **settings)

@@ -1,6 +1,7 @@
 """The dependency analysis: every operator of a captured model as relations between axes.
 
-One rule per family of operators says which dimensions pass through, which are joined, mapped or multiplied out, and which must stay. An operator
+One rule per family of operators says which dimensions pass through, which are joined, mapped or multiplied out, and
+which must stay. An operator
 without a rule freezes all it touches, which is always right and never silent: `Analysis.kept_whole` says so.
 """
 
@@ -99,7 +100,8 @@ class Contraction:
         computed_bias: the bias is there but is not a tensor of the model.
         source: the tensor summed over, and its dimension.
         inputs, outputs: the axes summed over and produced.
-        groups: how many independent products; `group_axis`, `inputs_per_group`, `outputs_per_group` are its axes (None when groups is 1).
+        groups: how many independent products; `group_axis`, `inputs_per_group`, `outputs_per_group` are its axes
+            (None when groups is 1).
         transposed: a transposed convolution.
     """
 
@@ -143,7 +145,8 @@ class Analysis:
         norms: group norms as (name of the scale tensor, scope, axis of the groups).
         attention: axes that count independent products (heads).
         kept_whole: reasons why operators froze what they touch: "scope: operator".
-        written_sizes: (place in the model, axes) wherever the model's own code may have written a size down: reshapes, splits, slices.
+        written_sizes: (place in the model, axes) wherever the model's own code may have written a size down:
+            reshapes, splits, slices.
     """
 
     program: Program
@@ -352,7 +355,10 @@ class _Builder:
         self.freeze(axes[-rank:], "spatial")
 
     def reshape(self, node: fx.Node, before: Sequence[int], after: Sequence[int]) -> None:
-        """Cut both shapes into the smallest runs of equal product; within a run both are the row-major digits of one flat index."""
+        """Cut both shapes into the smallest runs of equal product.
+
+        Within a run both are the row-major digits of one flat index.
+        """
         sizes = self.axes.sizes
         self.written(node, [*before, *after])
         left = [axis for axis in before if sizes[axis] != 1]
@@ -856,9 +862,7 @@ def _einsum(builder: _Builder, node: fx.Node) -> None:
     if not arrow or "." in equation or len(terms) != len(tensors):
         builder.unknown(node, node.all_input_nodes)
         return
-    owners: dict[str, int] = {}
-    for letter, axis in zip(right, builder.of(node), strict=True):
-        owners[letter] = axis
+    owners: dict[str, int] = dict(zip(right, builder.of(node), strict=True))
     for term, tensor in zip(terms, tensors, strict=True):
         for letter, axis in zip(term, builder.of(tensor), strict=True):
             if letter in owners and builder.axes.sizes[owners[letter]] == builder.axes.sizes[axis]:

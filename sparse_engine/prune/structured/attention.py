@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class CompactMultiheadAttention(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` with some heads removed: same parameter names, same arguments, same results.
 
-    PyTorch's own module insists on ``num_heads * head_dim == embed_dim``; this one takes the sizes of its weights as they are. Modules of PyTorch's
-    class become this one when `compact` removes heads; nobody has to construct it.
+    PyTorch's own module insists on ``num_heads * head_dim == embed_dim``; this one takes the sizes of its weights as
+    they are. Modules of PyTorch's class become this one when `compact` removes heads; nobody has to construct it.
 
     Example::
 

@@ -1,15 +1,17 @@
 """Which indices of which tensor dimensions stand or fall together.
 
-Every dimension of every tensor in a captured model is an *axis*. Operators that keep a dimension as it is (elementwise, normalisation, the batch of
-a product) make the two axes one, so a network has few distinct axes however deep it is. The others relate axes by exact index maps:
+Every dimension of every tensor in a captured model is an *axis*. Operators that keep a dimension as it is
+(elementwise, normalisation, the batch of a product) make the two axes one, so a network has few distinct axes however
+deep it is. The others relate axes by exact index maps:
 
 * `Mapping`: index ``a[i]`` of one axis is index ``b[i]`` of another (concatenation, split, slice, padding);
 * `Grid`: an axis is the row-major product of others (reshape, flatten, heads, groups, channel shuffle);
 * `EqualCounts`: parts of an axis have to keep equally many indices (chunk);
 * `Condition`: anything else, as a function that takes back removals it cannot allow.
 
-A set of removed indices is *consistent* when every constraint holds. Each constraint only ever takes removals back, so from any wish list there is one
-way down to a consistent set, found by a worklist; no recursion, linear in what changes.
+A set of removed indices is *consistent* when every constraint holds. Each constraint only ever takes removals back,
+so from any wish list there is one way down to a consistent set, found by a worklist; no recursion, linear in what
+changes.
 """
 
 from __future__ import annotations

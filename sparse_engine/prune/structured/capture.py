@@ -104,8 +104,10 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Program:
     except Exception as error:
         first = str(error).strip().splitlines()
         raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__} on the given example inputs: {first[0] if first else type(error).__name__}; "
-            "see https://docs.pytorch.org/docs/stable/export.html for what it needs, e.g. no data-dependent control flow"
+            f"torch.export cannot capture {type(model).__name__} on the given example inputs: "
+            f"{first[0] if first else type(error).__name__}; "
+            "see https://docs.pytorch.org/docs/stable/export.html for what it needs, e.g. no "
+            "data-dependent control flow"
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -121,7 +123,8 @@ def split_inputs(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[s
     if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str | bytes):
         return tuple(example_inputs), {}
     raise CaptureError(
-        f"example_inputs is {type(example_inputs).__name__}; pass a tensor, a tuple of arguments or a dict of keyword arguments"
+        f"example_inputs is {type(example_inputs).__name__}; pass a tensor, a tuple of arguments or a "
+        "dict of keyword arguments"
     )
 
 
@@ -177,7 +180,10 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def _make_functional(graph: fx.Graph) -> bool:
-    """Point every later reader of a tensor that is changed in place at the changing node; False where memory is shared through views."""
+    """Point every later reader of a tensor that is changed in place at the changing node.
+
+    False where memory is shared through views, which this cannot resolve.
+    """
     order = {node: position for position, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None

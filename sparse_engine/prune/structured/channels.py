@@ -39,9 +39,8 @@ class ChannelReport:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.unit}: {self.cost_before:,.6g} -> {self.cost_after:,.6g} ({self.cost_after / max(self.cost_before, 1e-30):.1%})"
-        ]
+        share = self.cost_after / max(self.cost_before, 1e-30)
+        lines = [f"{self.unit}: {self.cost_before:,.6g} -> {self.cost_after:,.6g} ({share:.1%})"]
         lines += [f"  {name}: {kept} of {total}" for name, (kept, total) in self.kept.items()]
         return "\n".join(lines)
 
@@ -76,13 +75,15 @@ def prune_channels(
     Args:
         model: changed in place: weights, biases, norm scales and shifts of what goes become zero.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        target: what may be left: a fraction of the dense cost for ``"parameters"`` and ``"flops"``, milliseconds for a latency.
+        target: what may be left: a fraction of the dense cost for ``"parameters"`` and ``"flops"``, milliseconds for
+            a latency.
         cost: ``"parameters"``, ``"flops"``, ``"latency"`` or a `Cost`.
         criterion, reduction, normaliser, data, loss, seed: see `channel_scores`.
         scope: ``"global"``: all groups share one order; ``"local"``: every group loses the same fraction.
         ignore: names of tensors or modules whose channels stay.
         minimum: units that every group keeps.
-        multiple: groups keep a multiple of this many units (where they have as many), for kernels that like round sizes.
+        multiple: groups keep a multiple of this many units (where they have as many), for kernels that like round
+            sizes.
 
     Returns:
         What every group keeps and what the network costs now.
@@ -104,7 +105,8 @@ def prune_channels(
             module.training = training
     if not groups:
         raise PruneError(
-            f"{type(model).__name__} has no group of channels that could be removed; see `ignore`, and Analysis.kept_whole for operators without a rule"
+            f"{type(model).__name__} has no group of channels that could be removed; see `ignore`, "
+            "and Analysis.kept_whole for operators without a rule"
         )
     measure = cost_named(cost)
     scores = channel_scores(
@@ -166,7 +168,8 @@ def select_units(
     lowest = price(len(order))
     if lowest > limit:
         raise PruneError(
-            f"the target of {limit:,.6g} {cost.unit} is out of reach: with {minimum} unit(s) left in every group {lowest:,.6g} {cost.unit} remain; "
+            f"the target of {limit:,.6g} {cost.unit} is out of reach: with {minimum} unit(s) left in "
+            f"every group {lowest:,.6g} {cost.unit} remain; "
             "raise the target, lower minimum=, or ignore fewer layers"
         )
     low, high = 0, len(order)  # price(low) > limit >= price(high)
@@ -194,6 +197,7 @@ def _order(scores: Sequence[Tensor], scope: str) -> list[tuple[int, int]]:
 def _checked_fraction(target: float, unit: str) -> float:
     if not 0 < target <= 1:
         raise PruneError(
-            f"target is {target!r}; for {unit} it is the fraction of the dense network that may be left, above 0 and at most 1"
+            f"target is {target!r}; for {unit} it is the fraction of the dense network that may be "
+            "left, above 0 and at most 1"
         )
     return target

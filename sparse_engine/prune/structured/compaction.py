@@ -43,30 +43,33 @@ def compact(
         compaction_spec(small)                 # what went
         save_compact(small, "small.safetensors")
 
-    A channel goes when nothing that is kept depends on how it varies: its consumers' weights for it are zero, or it is a constant, and then the
-    constant is carried through bias, batch norm and activation into the consumers' biases. Where zero padding makes a constant vary at the border,
-    where it would have to change a normalisation's statistics, or where the model's own code counts on a size, the channel stays. So the outputs are
-    the masked model's, up to rounding: nothing is approximated, nothing is retrained.
+    A channel goes when nothing that is kept depends on how it varies: its consumers' weights for it are zero, or it
+    is a constant, and then the constant is carried through bias, batch norm and activation into the consumers'
+    biases. Where zero padding makes a constant vary at the border, where it would have to change a normalisation's
+    statistics, or where the model's own code counts on a size, the channel stays. So the outputs are the masked
+    model's, up to rounding: nothing is approximated, nothing is retrained.
 
     Args:
-        model: any module that ``torch.export`` captures; not changed. Zeros are taken as they lie in the weights, masks need not be known. Wrapped
-            models (DDP, DataParallel) are unwrapped.
-        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; only shapes and types matter.
+        model: any module that ``torch.export`` captures; not changed. Zeros are taken as they lie in the weights,
+            masks need not be known. Wrapped models (DDP, DataParallel) are unwrapped.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; only shapes and
+            types matter.
         keep: names of tensors, or of modules with everything below them, whose sizes must stay.
         blocks: also replace modules that pass their input through unchanged by ``nn.Identity``.
-        verify: run both models on the example inputs and on random ones and compare. Without it, code of the model that cannot run with other sizes
-            is not noticed.
+        verify: run both models on the example inputs and on random ones and compare. Without it, code of the model
+            that cannot run with other sizes is not noticed.
 
     Returns:
         A new module of the model's own class, in the model's own mode. Every dimension keeps at least one index.
 
     Raises:
         CaptureError: the model cannot be captured.
-        PruneError: ``keep`` names nothing, or the result differs from the masked model (a bug worth reporting; the message has the numbers).
+        PruneError: ``keep`` names nothing, or the result differs from the masked model (a bug worth reporting; the
+        message has the numbers).
 
     Source:
-        The masked = compacted contract is that of torch.ao's structured pruner; the zero-invariant groups of Only-Train-Once (arXiv 2107.07467) are
-        the special case in which every constant is zero.
+        The masked = compacted contract is that of torch.ao's structured pruner; the zero-invariant groups of
+        Only-Train-Once (arXiv 2107.07467) are the special case in which every constant is zero.
     """
     model = (
         getattr(model, "module", model)
@@ -92,7 +95,8 @@ def compact(
         if isinstance(problem, float):
             if not attempts.freeze_everything():
                 raise PruneError(
-                    f"the compacted {type(model).__name__} differs from the masked one by {problem:.3g} of the output's scale; "
+                    f"the compacted {type(model).__name__} differs from the masked one by "
+                    f"{problem:.3g} of the output's scale; "
                     "please report this model. compact(..., keep=[...]) leaves named modules alone"
                 )
         elif not attempts.learn(problem, small, plan.removed):
@@ -130,7 +134,8 @@ def adaptable(
         example_inputs: as for `compact`.
 
     Returns:
-        The groups that can shrink; the attributes of the model's modules that have to follow, for `slicing_spec`; and the reasons for the rest.
+        The groups that can shrink; the attributes of the model's modules that have to follow, for `slicing_spec`; and
+        the reasons for the rest.
     """
     attempts = _Attempts(analysis)
     args, kwargs = split_inputs(example_inputs)
@@ -148,7 +153,7 @@ def adaptable(
         able = [group for group in able if not set(group.axes) & attempts.frozen]
 
 
-# -- the plan ---------------------------------------------------------------------------------------------------------------------------------------
+# -- the plan ------------------------------------------------------------------------------------------------------
 
 
 class _Plan:
@@ -165,7 +170,7 @@ class _Plan:
             if len(sites) > 1:  # each call would need its own constant in the one bias
                 for site in sites:
                     site.pushable = False
-        uses = {program_name: 0 for program_name in analysis.tensors}
+        uses = dict.fromkeys(analysis.tensors, 0)
         for node, name in analysis.program.state.items():
             uses[name] += len(node.users)
         for site in self.sites:
@@ -218,13 +223,14 @@ def slicing_spec(
     attributes: dict[str, dict[str, tuple[int, str]]] | None = None,
     identities: Sequence[str] = (),
 ) -> CompactionSpec:
-    """The spec of a consistent set of removals: which indices of which tensors stay, and what the layers' attributes become.
+    """The spec of a consistent set of removals: which indices of which tensors stay, what attributes become.
 
     Args:
         analysis: of the dense model.
         removed: axis -> bool vector, as `Axes.settle` leaves it.
         model: the dense model.
-        attributes: module path -> attribute -> (axis, name) for attributes of the model's own modules that follow the size of an axis.
+        attributes: module path -> attribute -> (axis, name) for attributes of the model's own modules that follow the
+            size of an axis.
         identities: paths of modules to skip.
     """
     spec = CompactionSpec(identities=list(identities))
@@ -323,7 +329,7 @@ def _attention_sizes(
     )
 
 
-# -- conditions -------------------------------------------------------------------------------------------------------------------------------------
+# -- conditions ----------------------------------------------------------------------------------------------------
 
 
 class _Site:
@@ -453,9 +459,8 @@ def _overwritten(contraction: Contraction, facts: dict[fx.Node, Knowledge], size
 def _border_taps(node: fx.Node, given: dict[str, Any]) -> Tensor:
     """Which taps of a convolution's kernel ever read padding: bool tensor of the kernel's shape."""
     weight_shape, source_shape, out_shape = shape_of(given["weight"]), shape_of(given["input"]), shape_of(node)
-    assert (
-        weight_shape is not None and source_shape is not None and out_shape is not None
-    )  # convolutions produce tensors
+    if weight_shape is None or source_shape is None or out_shape is None:
+        raise PruneError(f"the convolution {node.name!r} does not produce a tensor")
     rank = len(weight_shape) - 2
     padding = given["padding"]
 
@@ -497,7 +502,7 @@ def _product_condition(product: Any, facts: dict[fx.Node, Knowledge]) -> Conditi
     return Condition((product.axis,), check)
 
 
-# -- blocks -----------------------------------------------------------------------------------------------------------------------------------------
+# -- blocks --------------------------------------------------------------------------------------------------------
 
 
 def _pass_through_modules(analysis: Analysis, facts: dict[fx.Node, Knowledge], model: nn.Module) -> list[str]:
@@ -573,7 +578,7 @@ def _call_counts(nodes: Sequence[fx.Node]) -> dict[str, int]:
     return {path: len(keys) for path, keys in counts.items()}
 
 
-# -- what the model's own code allows ---------------------------------------------------------------------------------------------------------------
+# -- what the model's own code allows ------------------------------------------------------------------------------
 
 
 @dataclass

@@ -1,9 +1,10 @@
 """What a network computes no matter what its input is.
 
-Exact zeros in weights make parts of later tensors constant: a convolution row of zeros yields its bias everywhere, batch norm with scale 0 its shift.
-`propagate` follows such knowledge element by element through a captured program: every tensor is unknown, known, or known in part, and each operator
-says what it knows of its result. Padding, reshapes, concatenations and broadcasts need no special thought, because knowledge about elements moves
-exactly as the elements do. Values are float64, so pushing a constant into a bias costs no accuracy.
+Exact zeros in weights make parts of later tensors constant: a convolution row of zeros yields its bias everywhere,
+batch norm with scale 0 its shift. `propagate` follows such knowledge element by element through a captured program:
+every tensor is unknown, known, or known in part, and each operator says what it knows of its result. Padding,
+reshapes, concatenations and broadcasts need no special thought, because knowledge about elements moves exactly as the
+elements do. Values are float64, so pushing a constant into a bias costs no accuracy.
 """
 
 from __future__ import annotations
@@ -477,7 +478,7 @@ def _convolution(node: fx.Node, facts: dict[fx.Node, Knowledge]) -> Knowledge:
 
 
 def connections(weight: Tensor, groups: int, transposed: bool) -> Tensor:
-    """Which (output, input within its group) pairs of a convolution weight are connected by any tap: bool [M, K/groups]."""
+    """Which (output, input within its group) pairs of a convolution weight any tap connects: bool [M, K/groups]."""
     taps = (weight != 0).flatten(2).any(2) if weight.ndim > 2 else weight != 0
     if not transposed:
         return taps

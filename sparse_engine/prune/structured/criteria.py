@@ -44,11 +44,13 @@ def channel_scores(
             ``bn_scale``: absolute batch norm scale (network slimming, arXiv 1708.06519);
             ``geometric_median``: mean distance from the other filters of the layer (FPGM, arXiv 1811.00250);
             ``taylor``: (sum of weight × gradient)² of the mean loss (arXiv 1906.10771);
-            ``fisher``: the same per batch, averaged over batches: the diagonal of the empirical Fisher matrix along the removal (arXiv 1801.05787);
+            ``fisher``: the same per batch, averaged over batches: the diagonal of the empirical Fisher matrix along
+                the removal (arXiv 1801.05787);
             ``random``: uniform.
-        reduction: how the layers that a group runs through become one number: ``mean``, ``sum``, ``max``, ``product`` (geometric mean), ``first``.
-        normaliser: what each group's scores are divided by before groups are compared: ``none``, ``mean``, ``max``, ``sum``, or ``standard`` (subtract
-            the mean, divide by the deviation).
+        reduction: how the layers that a group runs through become one number: ``mean``, ``sum``, ``max``, ``product``
+            (geometric mean), ``first``.
+        normaliser: what each group's scores are divided by before groups are compared: ``none``, ``mean``, ``max``,
+            ``sum``, or ``standard`` (subtract the mean, divide by the deviation).
         data: batches for ``taylor`` and ``fisher``: a loader, a list, or one (inputs, targets) pair.
         loss: ``loss(outputs, targets)``; cross entropy by default.
         seed: for ``random``.
@@ -83,7 +85,8 @@ def channel_scores(
             ]
             if not rows:
                 raise PruneError(
-                    f"group {group.name!r} has nothing that criterion {criterion!r} looks at; ignore its layers or choose another criterion"
+                    f"group {group.name!r} has nothing that criterion {criterion!r} looks at; ignore "
+                    "its layers or choose another criterion"
                 )
             scores = _reduce(torch.stack(rows), reduction)
         out.append(_normalise(scores, normaliser))
@@ -170,7 +173,7 @@ def _sensitivity(
 
 
 def _squared_sums(group: Group, batches: list[dict[str, Tensor]]) -> Tensor:
-    """Removing a unit scales all that it owns to zero, so its first-order effect is the sum over its own (produced) weights."""
+    """Removing a unit scales all that it owns to zero: to first order the sum over the weights it produces with."""
     total = torch.zeros(len(group), dtype=torch.float64)
     for products in batches:
         effect = torch.zeros(len(group), dtype=torch.float64)

@@ -1,4 +1,7 @@
-"""What a compaction did, as data: enough to build the compact network from the model's own code, or to put its weights back into the dense one."""
+"""What a compaction did, as data.
+
+It is enough to build the compact network from the model's own code, or to put its weights back into the dense one.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,8 @@ class CompactionSpec:
             raise CheckpointError(f"not a compaction spec: {error}") from error
         if version != _VERSION:
             raise CheckpointError(
-                f"the compaction spec has version {version}; this release reads version {_VERSION}: use a newer sparse_engine"
+                f"the compaction spec has version {version}; this release reads version {_VERSION}: "
+                "use a newer sparse_engine"
             )
         unknown = set(data) - set(cls.__dataclass_fields__)
         if unknown:
@@ -72,7 +76,7 @@ class CompactionSpec:
         return cls(**data)
 
     def slice(self, name: str, tensor: Tensor) -> Tensor:
-        """The compact part of a dense tensor called `name` (of its shape: a parameter, its gradient, momentum, mask, average)."""
+        """The compact part of a dense tensor of `name`'s shape: a parameter, its gradient, momentum, mask, average."""
         for dim, index in self.kept.get(name, {}).items():
             tensor = tensor.index_select(dim, torch.tensor(index, device=tensor.device, dtype=torch.long))
         return tensor
@@ -112,12 +116,14 @@ class CompactionSpec:
         for name in self.kept:
             if name not in owners:
                 raise PruneError(
-                    f"the model has no tensor {name!r}, which its compaction spec shrinks: is it the same model and configuration?"
+                    f"the model has no tensor {name!r}, which its compaction spec shrinks: is it the "
+                    "same model and configuration?"
                 )
             tensor = getattr(*owners[name][0])
             if list(tensor.shape) != list(self.shapes[name]):
                 raise PruneError(
-                    f"{name!r} has shape {tuple(tensor.shape)}, its compaction spec expects the dense {tuple(self.shapes[name])}"
+                    f"{name!r} has shape {tuple(tensor.shape)}, its compaction spec expects the dense "
+                    f"{tuple(self.shapes[name])}"
                 )
         for name in self.kept:
             sites = owners[name]
@@ -247,7 +253,7 @@ def load_compact(path: str | Path, model: nn.Module | Callable[[], nn.Module], *
 
 
 def remap_optimizer_(optimizer: torch.optim.Optimizer, dense: nn.Module, compact: nn.Module) -> torch.optim.Optimizer:
-    """Move an optimiser from a dense model to its compact form: parameters, momentum and all other state of a parameter's shape.
+    """Move an optimiser from a dense model to its compact form, with momentum and all state of a parameter's shape.
 
     Example::
 
@@ -271,7 +277,8 @@ def remap_optimizer_(optimizer: torch.optim.Optimizer, dense: nn.Module, compact
     strangers = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"] if id(p) not in names]
     if strangers:
         raise PruneError(
-            f"the optimiser holds {len(strangers)} parameters that are not the dense model's, shapes {strangers[:4]}: pass the model it was built over"
+            f"the optimiser holds {len(strangers)} parameters that are not the dense model's, shapes "
+            f"{strangers[:4]}: pass the model it was built over"
         )
     state: dict[nn.Parameter, Any] = {}
     for group in optimizer.param_groups:
@@ -298,14 +305,14 @@ def remap_optimizer_(optimizer: torch.optim.Optimizer, dense: nn.Module, compact
 
 
 def remap_state_dict(state: Mapping[str, Tensor], compact: nn.Module) -> dict[str, Tensor]:
-    """The compact part of any dict of dense tensors keyed like the model's state: an exponential moving average, saved gradients, masks.
+    """The compact part of a dict of dense tensors keyed like the model's state: moving averages, gradients, masks.
 
     Example::
 
         small_average = remap_state_dict(average, small)
 
-    Tensors of vanished modules are left out. Constants that compaction pushed into biases are not: a dense average with zeros elsewhere than the
-    model's would need its own compaction.
+    Tensors of vanished modules are left out. Constants that compaction pushed into biases are not: a dense average
+    with zeros elsewhere than the model's would need its own compaction.
 
     Raises:
         PruneError: a tensor has another shape than the dense model's.
@@ -376,6 +383,6 @@ def _add_bias(module: nn.Module, length: int) -> None:
 
 
 def _silence(module: nn.Module) -> None:
-    """Zero every weight of a block that the compact model skipped: a dense residual block then passes its input through."""
+    """Zero every weight of a block that the compact model skipped: a residual block then passes its input through."""
     for parameter in module.parameters():
         parameter.zero_()

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -49,8 +49,8 @@ class Parameters:
 class Flops:
     """Floating-point operations of one call on the example inputs.
 
-    Two for each multiply-add in convolutions, linear layers, matrix products and attention, as ``torch.utils.flop_counter``
-    counts them.
+    Two for each multiply-add in convolutions, linear layers, matrix products and attention, as
+    ``torch.utils.flop_counter`` counts them.
     """
 
     unit: str = "FLOPs"
@@ -110,15 +110,17 @@ class Latency:
     Example::
 
         cost = Latency()                                             # PyTorch's own layers
-        cost = Latency(measure=lambda layer, x: se.convert(layer, (x,)).benchmark(x)["ms"])
+        cost = Latency(measure=executable_time)                      # sparse_engine.train.stp: as CPU executables
 
     Args:
         measure: (layer, input) -> milliseconds. The default times PyTorch's layer, the median of interleaved runs.
-        rounding: sizes are measured at multiples of this and interpolated in between, so that a search over widths measures few layers.
+        rounding: sizes are measured at multiples of this and interpolated in between, so that a search over widths
+            measures few layers.
         table: what is known so far, by shape; save it with the results.
 
-    Only layers count that a width changes: convolutions and linear layers. What is left (activations, norms, start-up) is measured by whoever compares
-    the sum with the whole network; `scale` and `offset` bring the two together.
+    Only layers count that a width changes: convolutions and linear layers. What is left (activations, norms,
+    start-up) is measured by whoever compares the sum with the whole network; `scale` and `offset` bring the two
+    together.
     """
 
     measure: Callable[[nn.Module, Tensor], float] | None = None
@@ -163,7 +165,8 @@ class Latency:
         weight = shape_of(given["weight"]) or ()
         name = operator_name(contraction.node)
         source[contraction.dim] = inputs
-        key = f"{name} {tuple(source)} -> {outputs} kernel {tuple(weight[2:])} stride {given.get('stride')} groups {groups}"
+        kernel, stride = tuple(weight[2:]), given.get("stride")
+        key = f"{name} {tuple(source)} -> {outputs} kernel {kernel} stride {stride} groups {groups}"
         if key not in self.table:
             x = torch.randn(source)
             if name == "linear":
@@ -183,8 +186,8 @@ class Latency:
         return self.table[key]
 
 
-def time_layer(layer: nn.Module, x: Tensor, runs: int = 15) -> float:
-    """The median time of a layer in milliseconds, after two warm-up calls."""
+def time_layer(layer: Callable[[Tensor], Any], x: Tensor, runs: int = 15) -> float:
+    """The median time in milliseconds of a layer, or of anything called with a tensor, after two warm-up calls."""
     times = []
     with torch.no_grad():
         for _ in range(2):
@@ -209,7 +212,8 @@ def cost_named(cost: str | Cost) -> Cost:
         return cost
     if cost not in COSTS:
         raise PruneError(
-            f"the cost is {cost!r}; it has to be one of {', '.join(COSTS)}, or an object that is called with (analysis, removed)"
+            f"the cost is {cost!r}; it has to be one of {', '.join(COSTS)}, or an object that is "
+            "called with (analysis, removed)"
         )
     return COSTS[cost]()
 

@@ -1,7 +1,8 @@
 """Removal units: the smallest sets of channels that can leave a network together, sorted into groups of like ones.
 
-A unit of a plain convolution is one filter with its batch norm entry and its consumers' weights; of a residual stage one channel of every block; of
-attention one head; of a grouped convolution one group. Units are the connected components of all indices under the analysis' index maps.
+A unit of a plain convolution is one filter with its batch norm entry and its consumers' weights; of a residual stage
+one channel of every block; of attention one head; of a grouped convolution one group. Units are the connected
+components of all indices under the analysis' index maps.
 """
 
 from __future__ import annotations
@@ -235,7 +236,7 @@ def removal(analysis: Analysis, groups: Sequence[Group], gone: Sequence[NDArray[
 
 
 def zero_units_(model: nn.Module, groups: Sequence[Group], gone: Sequence[NDArray[np.bool_]]) -> dict[str, Tensor]:
-    """Set everything that belongs to the given units to exact zero: filters, biases, norm entries and the consumers' weights.
+    """Set all that belongs to the given units to exact zero: filters, biases, norm entries, the consumers' weights.
 
     Example::
 

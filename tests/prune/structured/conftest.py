@@ -158,7 +158,7 @@ def randomise_(model: nn.Module) -> nn.Module:
 
 
 def zero_rows_(model: nn.Module, share: float, seed: int = 0) -> nn.Module:
-    """Zero random rows of random layers, with their biases or without, and sometimes columns, as other people's pruners leave them."""
+    """Zero random rows of random layers, with their biases or without, and sometimes columns, as pruners leave them."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw() -> float:

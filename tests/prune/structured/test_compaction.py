@@ -59,7 +59,7 @@ def test_float32_stays_within_the_bound():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.Sigmoid(), nn.Hardswish()])
 def test_constants_go_into_the_next_bias(bias: bool, activation: nn.Module):
-    """A zero row yields its bias, batch norm turns it into another constant, the activation too; all of it must arrive."""
+    """A zero row yields its bias, batch norm makes of it another constant, the activation too; all must arrive."""
     model = randomise_(
         nn.Sequential(nn.Conv2d(3, 5, 3, bias=bias), nn.BatchNorm2d(5), activation, nn.Conv2d(5, 4, 3, bias=bias))
     )

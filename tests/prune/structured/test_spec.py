@@ -37,7 +37,7 @@ def assert_same(a: nn.Module, b: nn.Module, inputs: tuple[torch.Tensor, ...]) ->
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[nn.Module, nn.Module]:
-    """A model with heads, channels and features pruned (so that biases are added and classes change too), and its compact form."""
+    """A model with heads, channels and features pruned (biases are added, classes change), and its compact form."""
     torch.manual_seed(0)
     model = randomise_(EveryOperator())
     prune_channels(model, example(), target=0.7)
@@ -102,7 +102,7 @@ def test_slice_and_scatter_are_inverse():
 
 
 def test_training_goes_on_where_it_was():
-    """One more step of the compact model with the remapped optimiser = the kept part of the same step of the masked model."""
+    """A step of the compact model with the remapped optimiser = the kept part of the masked model's step."""
     torch.manual_seed(0)
     model = randomise_(
         nn.Sequential(conv_bn(3, 6), conv_bn(6, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3))
