@@ -9,7 +9,7 @@ import time
 import torch
 
 from . import claims
-from .study import RESULTS, STUDIES, Store, run_cells
+from .study import RESULTS, STUDIES, Store, is_core, run_cells
 
 
 def main() -> None:
@@ -32,11 +32,15 @@ def main() -> None:
         parser.error(f"--scale {arguments.scale} needs --data FOLDER")
     torch.set_num_threads(arguments.threads)
     store = Store(RESULTS)
-    # the studies take turns, so that an interrupted run has something of each
+    # the main claims first, all seeds of them; the studies take turns, so that an interrupted run has something of each
     cells = []
-    for seed in arguments.seeds:
-        lists = [[(study, cell, seed) for cell in STUDIES[study](arguments.scale)] for study in arguments.study]
-        cells += [entry for turn in itertools.zip_longest(*lists) for entry in turn if entry is not None]
+    for core in (True, False):
+        for seed in arguments.seeds:
+            lists = [
+                [(study, cell, seed) for cell in STUDIES[study](arguments.scale) if is_core(cell) == core]
+                for study in arguments.study
+            ]
+            cells += [entry for turn in itertools.zip_longest(*lists) for entry in turn if entry is not None]
     run_cells(store, cells, arguments.scale, arguments.data or "digits", _deadline(arguments.until))
 
 

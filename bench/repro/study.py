@@ -312,10 +312,24 @@ def _ridge(x: Tensor, y: Tensor, strength: float) -> Tensor:
     return torch.linalg.solve(x.T @ x + strength * eye, x.T @ y)
 
 
+def is_core(cell: Cell) -> bool:
+    """Whether a cell belongs to the main claims, which are run first."""
+    if cell["kind"] == "epsd":
+        return cell["method"] in ("EPSD", "SC", "prospr", "dense")
+    if cell["kind"] == "pipeline":
+        return cell["method"] in ("ablation", "remedy") or (
+            cell["density"] == DENSITIES[-1] and cell["method"] not in ("random", "grasp")
+        )
+    plain = (
+        cell["score"] in ("random", "el2n", "forgetting") and not cell.get("noise") and cell["updates"] == "iterations"
+    )
+    return plain and cell["fraction"] in (0.1, 1.0) and cell["alpha"] not in (0.25, 0.75)
+
+
 STUDIES: dict[str, Callable[[str], Iterator[Cell]]] = {
     "epsd": epsd_cells,
     "pipeline": pipeline_cells,
     "coreset": coreset_cells,
 }
 
-__all__ = ["RESULTS", "STUDIES", "Store", "ridge_bias", "run_cells"]
+__all__ = ["RESULTS", "STUDIES", "Store", "is_core", "ridge_bias", "run_cells"]
