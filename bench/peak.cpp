@@ -1,6 +1,11 @@
 // Fused multiply-adds on registers only, as fast as the processor goes: the peak that shares of peak refer to.
 // One thread per call; `seconds` is how long, about. Returns operations per second.
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
 #include <chrono>
+#include <thread>
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -32,4 +37,39 @@ extern "C" double fma_peak(double seconds, float one, float zero) {
         if (2.0 * kLanes * kChains * kSteps / time > best) best = 2.0 * kLanes * kChains * kSteps / time;
     }
     return best;
+}
+
+// Nanoseconds for a word to go from one core to another, half a round trip: small where cores share a cache, large where they do not (in
+// virtual machines this can change from minute to minute).
+extern "C" double core_to_core_ns(int first, int second) {
+    alignas(128) static std::atomic<int> word;
+    constexpr int kTrips = 20000;
+    const auto pin = [](int core) {
+        cpu_set_t set;
+        CPU_ZERO(&set);
+        CPU_SET(core, &set);
+        pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+    };
+    word = 0;
+    double seconds = 0;
+    std::thread one([&] {
+        pin(first);
+        const auto begin = std::chrono::steady_clock::now();
+        for (int trip = 0; trip < kTrips; trip++) {
+            word.store(2 * trip + 1);
+            while (word.load() != 2 * trip + 2) {
+            }
+        }
+        seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    });
+    std::thread other([&] {
+        pin(second);
+        for (int trip = 0; trip < kTrips; trip++) {
+            while (word.load() != 2 * trip + 1) {
+            }
+            word.store(2 * trip + 2);
+        }
+    });
+    one.join(), other.join();
+    return seconds / kTrips / 2 * 1e9;
 }

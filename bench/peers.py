@@ -26,11 +26,12 @@ import sparse_engine as se
 from bench import results_io
 from bench.engines import PEERS, contenders, make_environment, take_turns
 from bench.networks import IMAGE, NETWORKS, pruned_network, write_onnx
-from bench.peak import peak_gflops
+from bench.peak import core_to_core_ns, peak_gflops
 from bench.rows import merged
 
 WORK = results_io.RESULTS.parent.parent / "build" / "bench" / "networks"
 PLOT = results_io.RESULTS.parent.parent / "docs" / "networks_cpu.svg"
+NEAR_NS = 120
 engine_versions: dict[str, str] = {}
 CASES = [
     *((network, 0.9, (1, 1), batch) for network in NETWORKS for batch in (1, 16)),
@@ -81,6 +82,7 @@ def measure(case: tuple[str, float, tuple[int, int], int], options: argparse.Nam
     outputs.mkdir(parents=True, exist_ok=True)
     for old in outputs.glob("*.npy"):
         old.unlink()
+    apart = core_to_core_ns()
     with contenders(wanted, batch=batch, threads=options.threads, outputs=outputs) as ready:
         times = take_turns(ready, rounds=options.rounds, seconds=options.seconds, calls=options.calls, warm=0.2)
         found_versions = {label: contender.version for label, contender in ready.items()}
@@ -93,6 +95,7 @@ def measure(case: tuple[str, float, tuple[int, int], int], options: argparse.Nam
         "sparsity_%": round(100 * sparsity),
         "structure": "unstructured" if block == (1, 1) else f"{block[0]}x{block[1]} blocks",
         "batch": batch,
+        "cores": None if apart is None else "near" if max(apart, core_to_core_ns() or 0) < NEAR_NS else "far",
         "threads": options.threads,
         **{f"{engine}_ms": ms.get(engine) for engine in PEERS},
         "ours_ms": ms["ours"],
@@ -118,7 +121,7 @@ def disagreement(outputs: Path, labels: Any) -> float | None:
 
 
 def write(rows: list[dict[str, Any]], peak: float) -> None:
-    keys = ("network", "sparsity_%", "structure", "batch", "threads")
+    keys = ("network", "sparsity_%", "structure", "batch", "threads", "cores")
     final = sorted(merged("networks_cpu", rows, keys), key=_place)
     results_io.write(
         "networks_cpu",
@@ -127,7 +130,9 @@ def write(rows: list[dict[str, Any]], peak: float) -> None:
         command="python -m bench.peers --engines-python ENGINES/bin/python",
         notes="Every engine in a process of its own, in turns, the others stopped; ms per call, "
         "median over rounds of each round's median. Share of peak: operations left when zeros are skipped, over the "
-        f"fused multiply-add peak measured in the same run ({peak:.0f} GFLOP/s in the last one). Largest difference: "
+        f"fused multiply-add peak of the same run ({peak:.0f} GFLOP/s in the last one). Cores: near when a word "
+        f"passes between them in less than {NEAR_NS} ns (shared cache), else far; a virtual machine's may be either at "
+        "different times. Largest difference: "
         "between our output and the nearest peer's, relative to the output's scale. Engines: "
         + ", ".join(f"{engine} {version}" for engine, version in sorted(engine_versions.items()))
         + ".",
@@ -135,8 +140,9 @@ def write(rows: list[dict[str, Any]], peak: float) -> None:
     plot(final)
 
 
-def _place(row: dict[str, Any]) -> tuple[int, float, str, int, int]:
-    return NETWORKS.index(row["network"]), row["sparsity_%"], row["structure"], row["threads"], row["batch"]
+def _place(row: dict[str, Any]) -> tuple[int, float, str, int, int, str]:
+    place = NETWORKS.index(row["network"]), row["sparsity_%"], row["structure"], row["threads"], row["batch"]
+    return (*place, row.get("cores") or "")
 
 
 def plot(rows: list[dict[str, Any]]) -> None:
@@ -150,6 +156,8 @@ def plot(rows: list[dict[str, Any]]) -> None:
     colours = {"onnxruntime": "#8da0cb", "openvino": "#66c2a5", "deepsparse": "#fc8d62", "ours": "#222222"}
     for axis, batch in zip(axes, (1, 16), strict=True):
         chosen = [row for row in rows if row["batch"] == batch and row["threads"] == os.cpu_count()]
+        near = {_place(row)[:-1] for row in chosen if row.get("cores") != "far"}
+        chosen = [row for row in chosen if row.get("cores") != "far" or _place(row)[:-1] not in near]
         for place, (engine, colour) in enumerate(colours.items()):
             values = [(row.get(f"{engine}_ms") or 0) / row["ours_ms"] for row in chosen]
             positions = [i + 0.2 * (place - 1.5) for i in range(len(chosen))]
