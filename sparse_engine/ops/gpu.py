@@ -1,4 +1,4 @@
-"""The `triton` and `cuda` candidates of the linear ops: compiled and run on the CPU in the tests, for NVIDIA GPUs.
+"""The `triton` and `cuda` candidates of the ops: compiled and run on the CPU in the tests, for NVIDIA GPUs.
 
 `triton` takes weights in blocks with sides of 16 to 128, all three products. `cuda` takes unstructured weights that are
 not being trained, forward only. Whatever they derive from a pattern is built once and kept with it (`pattern.cached`),
@@ -99,6 +99,67 @@ def _why_not_triton_weight_grad(grad, x, row_ptr, cols, out_features, in_feature
 def _triton_weight_grad(grad, x, row_ptr, cols, out_features, in_features, block):
     pattern = _pattern(row_ptr, cols, out_features, in_features, block)
     return kernels.block_sparse_weight_gradient(grad.detach(), x.detach(), pattern).reshape(-1)
+
+
+# -- triton: distillation loss ---------------------------------------------------------------------------------------
+
+
+def _why_not_triton_rows(
+    logits, targets, teacher, class_weights, hard_scale, soft_scale, temperature, soft_targets, kl, hard,
+    label_smoothing, ignore_index, gradient,
+):  # fmt: skip
+    wanted = "cpu" if _interpreted("kd_rows") else "cuda"
+    tensors = {"logits": logits, "targets": targets, "teacher": teacher, "class_weights": class_weights}
+    tensors |= {"hard_scale": hard_scale, "soft_scale": soft_scale}
+    reasons = [
+        f"{name} is on {tensor.device}, not on an NVIDIA GPU"
+        for name, tensor in tensors.items()
+        if tensor is not None and tensor.device.type != wanted
+    ]
+    if reasons:
+        return reasons
+    reasons = kernels.why_not()
+    reasons += [f"{name} is {t.dtype}" for name, t in tensors.items() if t is not None and t.dtype == torch.float64]
+    if class_weights is not None and hard and targets is not None:
+        reasons.append("class weights")
+    if not kl and teacher is not None:
+        reasons.append("the soft part without the teacher's entropy")
+    if label_smoothing == 1:
+        reasons.append("label smoothing of 1")
+    if not 1 <= logits.shape[1] <= 262144:
+        reasons.append(f"{logits.shape[1]} classes; the kernel takes 1 to 262144")
+    return reasons
+
+
+@registry.register("kd_rows", "triton", why_not=_why_not_triton_rows)
+def _triton_rows(
+    logits, targets, teacher, class_weights, hard_scale, soft_scale, temperature, soft_targets, kl, hard,
+    label_smoothing, ignore_index, gradient,
+):  # fmt: skip
+    rows, classes = logits.shape
+    device = logits.device
+    losses = torch.zeros((2, rows), dtype=torch.float32, device=device)
+    hard_on = hard and targets is not None
+    if not rows or not (hard_on or teacher is not None):
+        return losses[0].clone(), losses[1].clone(), logits.new_zeros((rows if gradient else 0, classes))
+    ones = torch.ones(rows, dtype=torch.float32, device=device)
+    result = kernels.distill_rows(
+        logits.detach(),
+        teacher,
+        targets,
+        (ones if hard_scale is None else hard_scale) if hard_on else None,
+        (ones if soft_scale is None else soft_scale) if teacher is not None else None,
+        temperature=temperature,
+        soft_targets=soft_targets,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        gradient=gradient,
+    )
+    return (
+        losses[0].clone() if result.hard is None else result.hard,
+        losses[1].clone() if result.soft is None else result.soft,
+        logits.new_empty((0, classes)) if result.gradient is None else result.gradient,
+    )
 
 
 # -- cuda: unstructured ----------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_engine import PackedWeight
+from sparse_engine import PackedWeight, distill
 from sparse_engine.errors import BackendError
-from sparse_engine.ops import Pattern, registry, sparse_linear
+from sparse_engine.ops import Pattern, kd_rows, registry, sparse_linear
 from sparse_engine.ops.sparse_linear import explain_linear
 from sparse_engine.structure import Block, Unstructured
 from tests.helpers import assert_close_to_fp64
@@ -36,6 +36,46 @@ def test_block_linear_and_gradients(device, monkeypatch):
     assert_close_to_fp64(bias.grad, b64.grad)
     kept = PackedWeight.from_dense(dense, structure=Block((32, 16)))
     assert_close_to_fp64(values.grad, kept.gather(w64.grad.float()).double())
+
+
+@pytest.mark.parametrize("soft_targets", [False, True])
+def test_distillation_rows(soft_targets, device, monkeypatch):
+    z, t, y = torch.randn(6, 30) * 3, torch.randn(6, 30) * 3, torch.randint(0, 30, (6,))
+    t = t.softmax(1) if soft_targets else t
+    y[2] = -100
+    scales = torch.rand(6), torch.rand(6)
+    settings = {"temperature": 3.0, "soft_targets": soft_targets, "label_smoothing": 0.1, "gradient": True}
+    expected = kd_rows(
+        z.double(),
+        y,
+        t.double(),
+        hard_scale=scales[0].double(),
+        soft_scale=scales[1].double(),
+        impl="torch",
+        **settings,
+    )
+    monkeypatch.setenv("SPARSE_ENGINE_IMPL", "kd_rows:triton")
+    logits = z.to(device).requires_grad_()
+    hard_scale, soft_scale = (scale.to(device) for scale in scales)
+    found = kd_rows(logits, y.to(device), t.to(device), hard_scale=hard_scale, soft_scale=soft_scale, **settings)
+    for actual, reference in zip(found, expected, strict=True):
+        assert_close_to_fp64(actual, reference)
+    (found.hard * hard_scale + found.soft * soft_scale).sum().backward()
+    assert_close_to_fp64(logits.grad, expected.gradient)
+
+
+def test_distillation_loss_of_the_package(device, monkeypatch):
+    """`sparse_engine.distill.kd_loss` runs on the kernel, gradients included."""
+    z, t, y = torch.randn(5, 20), torch.randn(5, 20), torch.randint(0, 20, (5,))
+    reference = z.double().requires_grad_()
+    expected = distill.kd_loss(reference, y, teacher_logits=t.double(), temperature=4.0, alpha=0.7)
+    expected.backward()
+    monkeypatch.setenv("SPARSE_ENGINE_IMPL", "kd_rows:triton")
+    logits = z.to(device).requires_grad_()
+    loss = distill.kd_loss(logits, y.to(device), teacher_logits=t.to(device), temperature=4.0, alpha=0.7)
+    loss.backward()
+    assert_close_to_fp64(loss, expected.detach())
+    assert_close_to_fp64(logits.grad, reference.grad)
 
 
 def test_reasons_on_a_cpu():
