@@ -1,4 +1,4 @@
-"""Choosing a kernel for every linear operator: the cost model proposes, timing decides, and dense is always among the candidates."""
+"""Choosing a kernel for every linear operator: the cost model proposes, timing decides, dense is always a candidate."""
 
 from __future__ import annotations
 
@@ -30,11 +30,18 @@ from sparse_engine.convert.lower import (
 _ROUNDS = 7  # interleaved timings of each candidate
 _TARGET_SECONDS = 0.004  # of one timing: long enough for the clock, short enough for a hundred layers
 # (vectors, part) worth trying by panel: together they set how much of X a tile holds, 16 to 64 KB.
-_TILES = {1: ((4, 128), (2, 256), (4, 192), (6, 128), (3, 256)), 2: ((4, 128), (4, 256), (2, 256)), 4: ((6, 128), (6, 256), (4, 192)), 8: ((2, 256), (3, 256))}
+_TILES = {
+    1: ((4, 128), (2, 256), (4, 192), (6, 128), (3, 256)),
+    2: ((4, 128), (4, 256), (2, 256)),
+    4: ((6, 128), (6, 256), (4, 192)),
+    8: ((2, 256), (3, 256)),
+}
 _WORTH_TIMING = 1.5  # candidates that the cost model puts this far behind the best one are not timed
 
 
-def choose(graph: Graph, examples: Sequence[Tensor], *, tune: bool = True, threads: int | None = None) -> dict[str, dict[str, Any]]:
+def choose(
+    graph: Graph, examples: Sequence[Tensor], *, tune: bool = True, threads: int | None = None
+) -> dict[str, dict[str, Any]]:
     """Choose a kernel for each conv2d and linear node.
 
     Example::
@@ -49,7 +56,8 @@ def choose(graph: Graph, examples: Sequence[Tensor], *, tune: bool = True, threa
         threads: for the kernels; None uses all cores.
 
     Returns:
-        By node name: ``kernel`` (text), ``choice`` (a `LinearChoice` as JSON), ``ms`` and ``dense_ms`` (None without timing), ``reason``, ``pixels``. Plain JSON.
+        By node name: ``kernel`` (text), ``choice`` (a `LinearChoice` as JSON), ``ms`` and ``dense_ms`` (None without
+        timing), ``reason``, ``pixels``. Plain JSON.
     """
     batch = graph.batch_of([tuple(tensor.shape) for tensor in examples])
     threads = threads or _C.get_num_threads()
@@ -71,12 +79,14 @@ def choose(graph: Graph, examples: Sequence[Tensor], *, tune: bool = True, threa
 
 def _signature(problem: LinearProblem, residual: bool) -> Any:
     """Layers that look alike are timed once: same shape, and about as many entries in every panel width."""
-    entries = tuple(round(50 * panel_entries(problem.weight, panel) / max(1, problem.weight.size)) for panel in PANEL_VECTORS)
+    entries = tuple(
+        round(50 * panel_entries(problem.weight, panel) / max(1, problem.weight.size)) for panel in PANEL_VECTORS
+    )
     return tuple(sorted((k, v) for k, v in problem.geometry.items())), problem.rows, problem.groups, entries, residual
 
 
 def candidates(problem: LinearProblem, threads: int) -> list[LinearChoice]:
-    """Every way to compute a linear operator that may be the fastest, the cost model's favourite first, with a dense one wherever dense exists."""
+    """What may be the fastest way to compute a linear operator, the cost model's favourite first, dense among them."""
     first = default_choice(problem, threads)
     if first.kernel in ("depthwise", "vector"):
         return [first]
@@ -118,14 +128,20 @@ def describe(choice: LinearChoice) -> str:
 
 
 def predicted_speedup(weight: numpy.ndarray) -> float:
-    """How many times faster than the dense kernel the cost model expects a weight [rows, columns] to be, given enough pixels; at least 1."""
+    """How much faster than dense the cost model expects a weight [rows, columns] to be, given enough pixels; at least 1."""
     best = min(panel_entries(weight, panel) * cost for panel, cost in _costs().items())
     return max(1.0, weight.size / max(1, best))
 
 
 def _guessed(problem: LinearProblem, threads: int) -> dict[str, Any]:
     choice = default_choice(problem, threads)
-    return {"kernel": describe(choice), "choice": choice.to_json(), "ms": None, "dense_ms": None, "reason": "cost model, not timed"}
+    return {
+        "kernel": describe(choice),
+        "choice": choice.to_json(),
+        "ms": None,
+        "dense_ms": None,
+        "reason": "cost model, not timed",
+    }
 
 
 def _tuned(problem: LinearProblem, residual: bool, threads: int) -> dict[str, Any]:
@@ -160,19 +176,25 @@ def _bench_plan(problem: LinearProblem, choice: LinearChoice, residual: bool) ->
     residual_at = out_at + out_floats
     plan = _C.Plan(residual_at + (out_floats if residual else 0), [])
     stride_h = geometry["w"]
-    x = (0, x_at, [geometry["n"], problem.channels, geometry["h"], geometry["w"]], [geometry["h"] * stride_h, plane_in, stride_h, 1])
+    x = (
+        0,
+        x_at,
+        [geometry["n"], problem.channels, geometry["h"], geometry["w"]],
+        [geometry["h"] * stride_h, plane_in, stride_h, 1],
+    )
     plan.fill("x", (0, x_at, [x_floats], [1]), 0.25)
     plan.fill("out", (0, out_at, [out_floats * (2 if residual else 1)], [1]), 0.25)
     bias = numpy.zeros(problem.rows, dtype=numpy.float32)
     activation = ("clamp", 0.0, math.inf)
     add_linear(
-        plan, problem, choice, make_weight(problem, choice), bias, x, (0, work_at), (0, out_at), plane_out, (0, residual_at) if residual else None, plane_out, activation
+        plan, problem, choice, make_weight(problem, choice), bias, x, (0, work_at), (0, out_at), plane_out, (0,
+        residual_at) if residual else None, plane_out, activation
     )  # fmt: skip
     return plan
 
 
 def _time_interleaved(plans: Sequence[Any], threads: int) -> list[float]:
-    """Seconds of each plan's operator (its phases included): the lower quartile of rounds in which all plans take turns."""
+    """Seconds of each plan's operator, phases included: the lower quartile of rounds in which all plans take turns."""
     times: list[list[float]] = [[] for _ in plans]
     repeats = []
     for plan in plans:

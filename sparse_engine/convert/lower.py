@@ -1,7 +1,9 @@
 """Lowering: a graph, for one batch size, becomes a native plan with every buffer, stride and offset fixed.
 
-Each value gets a place: a storage, an offset and strides. View ops only change strides. The linear operators want their inputs as *channel planes* (the channel
-dimension outermost, everything else contiguous and in order), so that is the order in which values are made; where a kernel needs another one, a copy is put in.
+Each value gets a place: a storage, an offset and strides. View ops only change strides. The linear operators want
+their inputs as *channel planes* (the channel
+dimension outermost, everything else contiguous and in order), so that is the order in which values are made; where a
+kernel needs another one, a copy is put in.
 Storages are then laid into one arena by their lifetimes, and the nodes are handed to C++.
 """
 
@@ -54,11 +56,13 @@ def compile(graph: Graph, batch: int, threads: int | None = None, choices: Any =
     if share == batch:
         return plan
     rest = _Lowering(graph, batch % share, choices, cores).finish(threads or 0) if batch % share else None
-    return SplitPlan(plan, rest, batch // share, share, [shape_at(graph.values[name].shape, batch) for name in graph.outputs])
+    return SplitPlan(
+        plan, rest, batch // share, share, [shape_at(graph.values[name].shape, batch) for name in graph.outputs]
+    )
 
 
 def _share(graph: Graph, batch: int, choices: Any, threads: int) -> int:
-    """How many images one pass over the graph takes: few enough that activations stay in the cache, at least one pass per thread."""
+    """How many samples one pass over the graph takes: few enough that activations stay in the cache."""
     if batch <= 1 or not _splits(graph):
         return batch
     one = _Lowering(graph, 1, choices)
@@ -72,10 +76,15 @@ def _share(graph: Graph, batch: int, choices: Any, threads: int) -> int:
 
 
 def _splits(graph: Graph) -> bool:
-    """True when the images of a batch are independent in memory: the batch is every input's and output's leading dimension and nothing calls back."""
+    """True when samples are independent and the batch is the leading dimension of every input and output."""
     for name in graph.inputs + graph.outputs:
         shape = graph.values[name].shape
-        if not shape or shape[0] != Dim(1, 0) or any(isinstance(size, Dim) for size in shape[1:]) or graph.values[name].dtype != "float32":
+        if (
+            not shape
+            or shape[0] != Dim(1, 0)
+            or any(isinstance(size, Dim) for size in shape[1:])
+            or graph.values[name].dtype != "float32"
+        ):
             return False
     return samples_are_independent(graph)
 
@@ -85,7 +94,8 @@ class LinearChoice:
     """How one linear operator is computed.
 
     Args:
-        kernel: "sparse" (panel kernel over kept entries), "dense" (panel kernel over all), "depthwise" or "vector" (one pixel; dense or sparse rows).
+        kernel: "sparse" (panel kernel over kept entries), "dense" (panel kernel over all), "depthwise" or "vector"
+        (one pixel; dense or sparse rows).
         panel: rows that share a load of the input.
         part: columns worked on at a time, at most 256.
         row_block: rows per work item, 0 for all.
@@ -103,9 +113,13 @@ class LinearChoice:
 
     @classmethod
     def from_json(cls, data: Any) -> LinearChoice:
-        """The inverse of `to_json`; raises ConvertError for anything that no kernel has, since choices also come from files."""
+        """The inverse of `to_json`; raises ConvertError for what no kernel has, since choices also come from files."""
         ranges = {"panel": (1, 8), "part": (1, 256), "row_block": (-1, 1 << 24), "vectors": (1, 8)}
-        if not isinstance(data, Mapping) or data.keys() != {"kernel", *ranges} or data["kernel"] not in ("sparse", "dense", "depthwise", "vector"):
+        if (
+            not isinstance(data, Mapping)
+            or data.keys() != {"kernel", *ranges}
+            or data["kernel"] not in ("sparse", "dense", "depthwise", "vector")
+        ):
             raise ConvertError(f"a kernel choice has a kernel, {', '.join(ranges)}; got {data!r:.120}")
         for key, (low, high) in ranges.items():
             if not isinstance(data[key], int) or isinstance(data[key], bool) or not low <= data[key] <= high:
@@ -161,7 +175,7 @@ PANEL_VECTORS = {1: 4, 2: 4, 4: 6 if _WIDE_PANELS else 3, 8: 2 if _WIDE_PANELS e
 
 
 def panel_entries(weight: numpy.ndarray, panel: int) -> int:
-    """How many multiplications per pixel a panel kernel does: kept columns of each group of `panel` rows, times `panel`."""
+    """Multiplications per pixel of a panel kernel: kept columns of each group of `panel` rows, times `panel`."""
     rows = weight.shape[0]
     kept = weight != 0
     if panel > 1:
@@ -172,7 +186,7 @@ def panel_entries(weight: numpy.ndarray, panel: int) -> int:
 
 
 def default_choice(problem: LinearProblem, threads: int = 0) -> LinearChoice:
-    """The kernel that the cost model expects to be fastest: stored entries times what an entry costs in each panel width."""
+    """The kernel that the cost model expects to be fastest: stored entries times an entry's cost at each panel width."""
     if problem.depthwise:
         return LinearChoice("depthwise")
     if problem.vector:
@@ -374,7 +388,8 @@ def add_linear(
     depthwise = choice.kernel == "depthwise"
     multiplier = problem.rows // problem.channels if depthwise else 1
     plan.conv(
-        problem.name, problem.geometry, weight, bias, x, workspace, out, out_stride, residual, residual_stride, activation, choice.vectors, depthwise, multiplier
+        problem.name, problem.geometry, weight, bias, x, workspace, out, out_stride, residual, residual_stride,
+        activation, choice.vectors, depthwise, multiplier
     )  # fmt: skip
 
 
@@ -386,17 +401,6 @@ class _Step:
     emit: Callable[[Any], None]
     reads: list[_Place] = field(default_factory=list)
     writes: list[_Place] = field(default_factory=list)
-    problem: LinearProblem | None = None  # of a panel kernel, which can be part of a chain
-    choice: LinearChoice | None = None
-    pointwise: list[_Place] = field(default_factory=list)  # read at the pixel that is written, and nowhere else
-
-
-@dataclass
-class _Chain:
-    """Consecutive steps whose tiles run one after another; they count as one moment in time for the memory plan."""
-
-    steps: list[_Step]
-    vectors: int = 0
 
 
 class _Lowering:
@@ -435,7 +439,7 @@ class _Lowering:
         self.steps.append(_Step(emit, list(reads), list(writes)))
 
     def new(self, sizes: Sequence[int], outer: Sequence[int] | None = None) -> _Place:
-        """A fresh place: `outer` dimensions first, each one unit of the padded product of the others; None means plain row-major."""
+        """A fresh place: `outer` dimensions first, a padded product of the others apart; None means plain row-major."""
         sizes = tuple(sizes)
         if outer is None:
             return _Place(_Storage(max(1, math.prod(sizes))), 0, sizes, tuple(_contiguous_strides(sizes)))
@@ -508,16 +512,13 @@ class _Lowering:
         self.emit_steps()
         floats = [math.prod(self.shape(name)) for name in graph.inputs + graph.outputs] + [self.constant_floats]
         plan = _C.Plan(self.arena, [max(1, n) for n in floats])
-        for chain in self.chains:
-            if len(chain.steps) > 1:
-                plan.begin_chain()
-            for step in chain.steps:
-                step.emit(plan)
-            if len(chain.steps) > 1:
-                plan.end_chain(chain.vectors)
+        for step in self.steps:
+            step.emit(plan)
         constants = numpy.concatenate(self.constants) if self.constants else numpy.zeros(1, dtype=numpy.float32)
         shapes = [self.shape(name) for name in graph.outputs]
-        return NativePlan(plan, list(graph.inputs), list(graph.outputs), shapes, set(self.foreign), constants, threads, self.state)
+        return NativePlan(
+            plan, list(graph.inputs), list(graph.outputs), shapes, set(self.foreign), constants, threads, self.state
+        )
 
     def emit_steps(self) -> None:
         """Give every value its place and lay out the arena."""
@@ -540,53 +541,14 @@ class _Lowering:
             target = _Place(_Storage(max(1, math.prod(sizes)), buffer), 0, sizes, tuple(_contiguous_strides(sizes)))
             if math.prod(sizes):
                 self.copy(source, target, f"output.{name}")
-        self.chains = self._make_chains()
         self.arena = self._memory_plan()
-
-    def _make_chains(self) -> list[_Chain]:
-        """Join linear operators over the same pixels that read what their chain wrote only at their own pixel.
-
-        A tile then passes through all of them while it is in the cache. Worth it only where the tiles alone keep all threads busy.
-        """
-        chains: list[_Chain] = []
-        for step in self.steps:
-            if chains and self._joins(chains[-1], step):
-                chains[-1].steps.append(step)
-                chains[-1].vectors = min(chains[-1].vectors, self._chain_vectors(step))
-            else:
-                chains.append(_Chain([step], self._chain_vectors(step)))
-        return chains
-
-    def _chain_vectors(self, step: _Step) -> int:
-        """Vectors per tile for a step in a chain, 0 where it cannot be in one."""
-        if step.problem is None or step.choice is None or step.choice.row_block:
-            return 0
-        vectors = step.choice.vectors
-        groups = -(-step.problem.pixels // LANES)
-        while vectors > 2 and self.threads > 1 and groups // vectors < 3 * self.threads:
-            vectors -= 1
-        return vectors if self.threads == 1 or groups // vectors >= 3 * self.threads else 0
-
-    def _joins(self, chain: _Chain, step: _Step) -> bool:
-        first = chain.steps[0]
-        if not chain.vectors or not self._chain_vectors(step) or first.problem.pixels != step.problem.pixels:
-            return False
-        written = [place.storage.root()[0] for other in chain.steps for place in other.writes]
-        inside = [place.storage.root()[0] for place in step.pointwise]
-        for place in step.reads:
-            root = place.storage.root()[0]
-            if any(root is other for other in written) and not any(root is other for other in inside):
-                return False
-        # A workspace is filled before the chain starts, so its source must be complete by then: reads of this step that are not pointwise were checked above.
-        return True
 
     def _memory_plan(self) -> int:
         """Offsets for all storages: the largest first, each at the lowest place that is free during its lifetime."""
-        for index, chain in enumerate(self.chains):
-            for step in chain.steps:
-                for place in (*step.reads, *step.writes):
-                    root = place.storage.root()[0]
-                    root.first, root.last = min(root.first, index), max(root.last, index)
+        for index, step in enumerate(self.steps):
+            for place in (*step.reads, *step.writes):
+                root = place.storage.root()[0]
+                root.first, root.last = min(root.first, index), max(root.last, index)
         roots = {
             id(root): root
             for step in self.steps
@@ -633,7 +595,8 @@ class _Lowering:
         )
         phases = _C.phase_floats(geometry)
         if phases == 0:
-            # A 1×1 convolution without padding reads whole planes; anything shifted reads through masks, so the user's own memory will do.
+            # A 1×1 convolution without padding reads whole planes; anything shifted reads through masks, so the
+            # user's own memory will do.
             direct = x.is_planes(1) and (not problem.pointwise or x.storage.root()[0].buffer == 0)
             if not direct or (problem.pixels == 1 and x.strides[1] != 1):
                 x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
@@ -701,16 +664,13 @@ class _Lowering:
 
         def emit(plan: Any) -> None:
             add_linear(
-                plan, problem, choice, weight, bias, x.view(), workspace.at() if workspace else (0, 0), out.at(), out.strides[channel],
+                plan, problem, choice, weight, bias, x.view(), workspace.at() if workspace else (0, 0), out.at(),
+                out.strides[channel],
                 residual.at() if residual is not None else None, residual_stride, activation,
             )  # fmt: skip
 
         reads = [x] + ([residual] if residual is not None else [])
         self.step(emit, reads, [out] + ([workspace] if workspace else []))
-        if choice.kernel in ("sparse", "dense"):
-            step = self.steps[-1]
-            step.problem, step.choice = problem, choice
-            step.pointwise = ([x] if problem.pointwise else []) + ([residual] if residual is not None else [])
         self.places[node.output] = out
 
     def _choice(self, problem: LinearProblem) -> LinearChoice:
@@ -768,8 +728,10 @@ class _Lowering:
         x = self.places[node.inputs[0]]
         out = self.new(self.shape(node.output), [1])
         options = {
-            "max": maximum, "kernel": tuple(attrs["kernel"]), "stride": tuple(attrs["stride"]), "padding": tuple(attrs["padding"]),
-            "dilation": tuple(attrs.get("dilation", (1, 1))), "count_include_pad": bool(attrs.get("count_include_pad", True)), "divisor": int(attrs.get("divisor") or 0),
+            "max": maximum, "kernel": tuple(attrs["kernel"]),
+            "stride": tuple(attrs["stride"]), "padding": tuple(attrs["padding"]),
+            "dilation": tuple(attrs.get("dilation", (1, 1))),
+            "count_include_pad": bool(attrs.get("count_include_pad", True)), "divisor": int(attrs.get("divisor") or 0),
         }  # fmt: skip
         self.step(lambda plan: plan.pool(node.name, x.view(), out.view(), options), [x], [out])
         self.places[node.output] = out
@@ -840,7 +802,8 @@ class _Lowering:
         sizes = self.shape(node.output)
         leading, rank = sizes[:-2], len(sizes)
         q, k, v = (self.broadcast(place, (*leading, *place.sizes[-2:])) for place in (q, k, v))
-        # Queries run along the vector: heads and depth outside, batch and length inside, which is how the projections around it lie.
+        # Queries run along the vector: heads and depth outside, batch and length inside, which is how the projections
+        # around it lie.
         outer = [1, rank - 1] if rank == 4 else [rank - 1]
         if q.strides[-2] != 1 and q.sizes[-2] > 1:
             q = self.copy(q, self.new(q.sizes, outer), f"{node.name}.layout")
@@ -852,7 +815,8 @@ class _Lowering:
         reads = [q, k, v] + ([mask] if mask is not None else [])
         if math.prod(sizes):
             self.step(
-                lambda plan: plan.attention(node.name, q.view(), k.view(), v.view(), out.view(), scale, causal, mask.view() if mask is not None else None), reads, [out]
+                lambda plan: plan.attention(node.name, q.view(), k.view(), v.view(), out.view(), scale, causal,
+                mask.view() if mask is not None else None), reads, [out]
             )  # fmt: skip
         self.places[node.output] = out
 
@@ -890,7 +854,7 @@ class _Lowering:
         self.places[node.output] = x.with_view(shape, strides)
 
     def _for_reshape(self, x: _Place, shape: Sequence[int]) -> _Place:
-        """An order of x's dimensions in which the new shape is a view and its last dimension, if possible, is outermost (channel planes)."""
+        """An order of x's dimensions in which the new shape is a view, its last dimension outermost where possible."""
         last = shape[-1]
         tail, product = len(x.sizes), 1
         while tail > 0 and product < last:
@@ -1043,7 +1007,7 @@ def _equal_strides(a: _Place, b: _Place) -> bool:
 
 
 def _plan_concats(graph: Graph) -> dict[str, tuple[str, list[str]]]:
-    """For each concat whose inputs begin those of a later, longer one (dense blocks): that one's name and inputs, so that both share memory."""
+    """For each concat whose inputs begin those of a later, longer one: that one's name and inputs, to share its memory."""
     hosts: dict[str, tuple[str, list[str]]] = {}
     later: list[Node] = []
     for node in reversed(graph.nodes):
@@ -1069,7 +1033,11 @@ def _lookup(choices: Any, problem: LinearProblem, threads: int) -> LinearChoice 
         return None
     choice = LinearChoice.from_json(entry["choice"])
     # A choice made at another batch size may not exist at this one.
-    if (choice.kernel == "vector") != problem.vector or (choice.kernel == "depthwise") != problem.depthwise or (choice.kernel == "dense" and problem.groups != 1):
+    if (
+        (choice.kernel == "vector") != problem.vector
+        or (choice.kernel == "depthwise") != problem.depthwise
+        or (choice.kernel == "dense" and problem.groups != 1)
+    ):
         return None
     if choice.kernel in ("sparse", "dense") and (entry.get("pixels") != problem.pixels or threads == 1):
         choice.row_block = default_row_block(problem, choice, threads)
@@ -1107,7 +1075,7 @@ class NativePlan:
         return self._collect(outputs)
 
     def run_many(self, addresses: list[int], strides: list[int], count: int) -> None:
-        """Run `count` batches that follow each other in memory, `strides` floats apart (one address and stride per input and output)."""
+        """Run `count` batches that follow each other in memory, one address and one stride in floats per input and output."""
         self._plan.run_many([*addresses, self._constants_address], [*strides, 0], count, self._threads)
 
     def run_at(self, addresses: list[int]) -> None:
@@ -1156,7 +1124,9 @@ class NativePlan:
 class SplitPlan:
     """Runs a batch as several smaller ones, whole ones per thread where there are enough."""
 
-    def __init__(self, plan: NativePlan, rest: NativePlan | None, count: int, share: int, shapes: list[tuple[int, ...]]) -> None:
+    def __init__(
+        self, plan: NativePlan, rest: NativePlan | None, count: int, share: int, shapes: list[tuple[int, ...]]
+    ) -> None:
         self._plan = plan
         self._rest = rest
         self._count = count
@@ -1171,7 +1141,9 @@ class SplitPlan:
         self._plan.run_many([tensor.data_ptr() for tensor in tensors], strides, self._count)
         if self._rest is not None:
             done = self._count
-            self._rest.run_at([tensor.data_ptr() + 4 * done * stride for tensor, stride in zip(tensors, strides, strict=True)])
+            self._rest.run_at(
+                [tensor.data_ptr() + 4 * done * stride for tensor, stride in zip(tensors, strides, strict=True)]
+            )
         return outputs
 
     def profile(self, inputs: list[Tensor]) -> list[tuple[str, float]]:
