@@ -2,10 +2,13 @@
 
 import threading
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sparse_engine.packed import PackedWeight
@@ -107,8 +110,15 @@ def cached(row_ptr: torch.Tensor, cols: torch.Tensor, key: Hashable, build: Call
     try:
         return entry.built[key]
     except KeyError:
-        built = build()
+        # What is kept outlives the call, so no function transform may wrap it.
+        with temporarily_clear_interpreter_stack() if under_transform() else nullcontext():
+            built = build()
         return entry.built.setdefault(key, built)
+
+
+def under_transform() -> bool:
+    """Say whether a transform of `torch.func` or forward-mode differentiation is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, int, int]:
@@ -148,8 +158,9 @@ def scatter_matrix(
     """Write values into the dense matrix (rows, columns) that the pattern describes; zeros elsewhere."""
     height, width = block
     grid_rows, grid_cols = -(-rows // height), -(-columns // width)
+    # Not in place: under `torch.func.vmap` the values may be many while the zeros are one.
     cells = values.new_zeros(grid_rows * grid_cols, height * width)
-    cells.index_copy_(0, cell_index(row_ptr, cols, grid_cols), values.reshape(-1, height * width))
+    cells = cells.index_copy(0, cell_index(row_ptr, cols, grid_cols), values.reshape(-1, height * width))
     if block == (1, 1):
         return cells.reshape(rows, columns)
     matrix = cells.reshape(grid_rows, grid_cols, height, width).transpose(1, 2)

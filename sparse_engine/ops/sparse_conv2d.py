@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from sparse_engine.errors import ShapeError
 from sparse_engine.ops import native, registry
-from sparse_engine.ops.pattern import Pattern, cell_index, gather_matrix, scatter_matrix
+from sparse_engine.ops.pattern import Pattern, cell_index, gather_matrix, scatter_matrix, under_transform
 from sparse_engine.ops.sparse_linear import _why_not_torch, autocast
 
 __all__ = ["explain_conv2d", "resolve_padding", "sparse_conv2d"]
@@ -70,7 +70,10 @@ def sparse_conv2d(
     """
     x, batched, arguments = _prepare(x, values, pattern, bias, stride, padding, dilation, groups)
     x, values, bias = autocast(x, values, bias)
-    y = torch.ops.sparse_engine.sparse_conv2d(x, values, bias, pattern.row_ptr, pattern.cols, *arguments, impl)
+    if not torch.compiler.is_compiling() and under_transform() and impl in ("auto", "torch"):
+        y = reference(x, values, bias, pattern.row_ptr, pattern.cols, *arguments)
+    else:
+        y = torch.ops.sparse_engine.sparse_conv2d(x, values, bias, pattern.row_ptr, pattern.cols, *arguments, impl)
     return y if batched else y.squeeze(0)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from sparse_engine.errors import ShapeError
 from sparse_engine.ops import native, registry
-from sparse_engine.ops.pattern import Pattern, cell_index, gather_matrix, scatter_matrix
+from sparse_engine.ops.pattern import Pattern, cell_index, gather_matrix, scatter_matrix, under_transform
 
 __all__ = ["explain_linear", "sparse_linear"]
 
@@ -55,6 +55,10 @@ def sparse_linear(
     """
     _check(x, values, pattern, bias)
     x, values, bias = autocast(x, values, bias)
+    if not torch.compiler.is_compiling() and under_transform() and impl in ("auto", "torch"):
+        # Ops with gradients written in Python have none under `torch.func`; the reference consists of ops that have.
+        matrix = (pattern.row_ptr, pattern.cols, pattern.rows, pattern.columns, list(pattern.block))
+        return reference(x, values, bias, *matrix)
     return torch.ops.sparse_engine.sparse_linear(
         x, values, bias, pattern.row_ptr, pattern.cols, pattern.rows, pattern.columns, list(pattern.block), impl
     )

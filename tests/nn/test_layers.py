@@ -530,6 +530,28 @@ def test_compile_and_export(pair):
     torch.testing.assert_close(loaded(longer), model(longer))
 
 
+def test_per_sample_gradients_and_forward_mode(pair):
+    _, sparse, x = pair
+    parameters = dict(sparse.named_parameters())
+
+    def loss(parameters, sample):
+        return torch.func.functional_call(sparse, parameters, (sample.unsqueeze(0),)).square().sum()
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for number, sample in enumerate(x):
+        sparse.zero_grad()
+        sparse(sample.unsqueeze(0)).square().sum().backward()
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(gradients[name][number], parameter.grad)
+    direction = torch.randn_like(x)
+    _, derivative = torch.func.jvp(sparse, (x,), (direction,))
+    shape = (-1, *[1] * (x.dim() - 2))
+    torch.testing.assert_close(
+        derivative, sparse(direction) - (sparse.bias.view(shape) if x.dim() == 4 else sparse.bias)
+    )
+    assert_close_to_fp64(sparse(x), in_double(sparse.to_dense(), x))
+
+
 def test_a_change_of_pattern_reaches_a_compiled_model():
     _, sparse = linear()
     compiled = torch.compile(sparse, fullgraph=True, backend="eager")
