@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from typer.core import TyperGroup
 
 from sparse_engine.errors import SparseEngineError
 
@@ -34,7 +35,18 @@ ThreadsOption = Annotated[
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="On an error show the full traceback too.")]
 
+_ORDER = ("doctor", "inspect", "prune", "train", "convert", "run", "bench", "report")
+
+
+class _InOrderOfUse(TyperGroup):
+    """Lists the commands as one comes to need them, not as their modules happen to be imported."""
+
+    def list_commands(self, context: Any) -> list[str]:
+        return sorted(super().list_commands(context), key=_ORDER.index)
+
+
 app = typer.Typer(
+    cls=_InOrderOfUse,
     name="sparse-engine",
     help="Prune, train sparse, convert, and run measurably faster.",
     no_args_is_help=True,
@@ -46,6 +58,23 @@ app = typer.Typer(
 
 class UsageError(SparseEngineError):
     """Arguments that are well-formed but make no sense together; the message says what to write instead."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import sparse_engine
+
+        typer.echo(f"sparse-engine {sparse_engine.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Prune, train sparse, convert, and run measurably faster."""
 
 
 def command(name: str, *examples: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

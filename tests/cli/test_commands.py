@@ -21,8 +21,9 @@ COMMANDS = ("doctor", "inspect", "prune", "train", "convert", "run", "bench", "r
 
 
 def test_the_list_of_commands(cli):
-    output = cli("--help").output
-    assert all(name in output for name in COMMANDS)
+    lines = [line.strip("│ ").split(" ")[0] for line in cli("--help").output.splitlines()]
+    assert [line for line in lines if line in COMMANDS] == list(COMMANDS)
+    assert cli("--version").output == f"sparse-engine {se.__version__}\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
