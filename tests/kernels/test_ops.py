@@ -8,6 +8,7 @@ import torch
 from sparse_engine import PackedWeight, distill
 from sparse_engine.errors import BackendError
 from sparse_engine.ops import Pattern, kd_rows, registry, sparse_linear
+from sparse_engine.ops.masked_linear import masked_linear
 from sparse_engine.ops.sparse_linear import explain_linear
 from sparse_engine.structure import Block, Unstructured
 from tests.helpers import assert_close_to_fp64
@@ -96,3 +97,20 @@ def test_reasons_for_the_wrong_structure(device, monkeypatch):
 
 def test_candidates_are_tried_before_the_reference():
     assert [c.backend for c in registry.candidates("sparse_linear")] == ["cuda", "triton", "cpu", "torch"]
+
+
+def test_masked_linear_and_gradients(device, monkeypatch):
+    monkeypatch.setenv("SPARSE_ENGINE_IMPL", "masked_linear:triton")
+    mask = torch.rand(40, 70) < 0.3
+    x, weight, bias = torch.randn(2, 4, 70), torch.randn(40, 70), torch.randn(40)
+    operands = [tensor.to(device).requires_grad_() for tensor in (x, weight, bias)]
+    y = masked_linear(operands[0], operands[1], mask.to(device), operands[2])
+    dy = torch.randn(2, 4, 40)
+    y.backward(dy.to(device))
+    wide = [tensor.detach().double().requires_grad_() for tensor in (x, weight * mask, bias)]
+    expected = torch.nn.functional.linear(*wide)
+    expected.backward(dy.double())
+    assert_close_to_fp64(y, expected.detach())
+    assert_close_to_fp64(operands[0].grad, wide[0].grad)
+    assert_close_to_fp64(operands[1].grad, wide[1].grad * mask)
+    assert_close_to_fp64(operands[2].grad, wide[2].grad)
