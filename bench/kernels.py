@@ -2,7 +2,7 @@
 
     python -m bench.kernels layers            the sweep; --only resnet50 limits it, rows of the others stay
     python -m bench.kernels dlmc              the magnitude-pruned matrices in $SPARSE_ENGINE_DATA/dlmc
-    python -m bench.kernels --quick layers    fewer shapes and sparsities, shorter
+    python -m bench.kernels --quick layers    fewer shapes and sparsities, shorter; --full: more
 
 Write bench/results/layers.json, layers_break_even.json and dlmc.json, and the plot docs/layers.svg.
 """
@@ -93,16 +93,21 @@ LAYERS = [
     Layer("one row, 4096x4096", 4096, 4096, 0, 1),
 ]
 QUICK_LAYERS = ("resnet50 layer3 3x3", "resnet50 layer3 1x1", "linear 1024", "one row, 4096x1024")
-UNSTRUCTURED = (0.4, 0.5, 0.6, 0.65, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
-BLOCKED = (0.15, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
+# By how long the sweep may take: sparsities of unstructured patterns, of blocks, and how many of the N:M patterns.
+GRIDS = {
+    "quick": ((0.5, 0.7, 0.9, 0.95), (0.5, 0.9), 1),
+    "usual": ((0.5, 0.65, 0.8, 0.9, 0.95, 0.99), (0.3, 0.5, 0.9), 2),
+    "full": ((0.4, 0.5, 0.6, 0.65, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99), (0.15, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95), 4),
+}
 
 
-def patterns(quick: bool) -> Iterable[tuple[str, float]]:
+def patterns(grid: str) -> Iterable[tuple[str, float]]:
     """Structure and sparsity of every point of the sweep."""
-    yield from (("unstructured", sparsity) for sparsity in ((0.5, 0.7, 0.9, 0.95) if quick else UNSTRUCTURED))
+    unstructured, blocked, pairs = GRIDS[grid]
+    yield from (("unstructured", sparsity) for sparsity in unstructured)
     for block in BLOCKS:
-        yield from ((block, sparsity) for sparsity in ((0.5, 0.9) if quick else BLOCKED))
-    yield from ((pair, 1 - n / m) for pair, (n, m) in list(PAIRS.items())[: 1 if quick else None])
+        yield from ((block, sparsity) for sparsity in blocked)
+    yield from ((pair, 1 - n / m) for pair, (n, m) in list(PAIRS.items())[:pairs])
 
 
 def mask_of(weight: Tensor, structure: str, sparsity: float) -> Tensor:
@@ -209,13 +214,14 @@ def measure_layer(layer: Layer, structure: str, sparsity: float, threads: int, s
     }
 
 
-def run_layers(only: str, quick: bool, threads: int) -> None:
+def run_layers(only: str, grid: str, threads: int) -> None:
+    quick = grid == "quick"
     rows: list[dict[str, Any]] = []
     for layer in LAYERS:
         if only not in layer.name or (quick and layer.name not in QUICK_LAYERS):
             continue
-        for structure, sparsity in patterns(quick):
-            rows.append(measure_layer(layer, structure, sparsity, threads, 0.08 if quick else 0.25))
+        for structure, sparsity in patterns(grid):
+            rows.append(measure_layer(layer, structure, sparsity, threads, 0.08 if quick else 0.2))
             print(
                 "{layer:32s} {structure:12s} {sparsity_%:5.1f} % {ms:9.4f} ms, {speed_up_over_dense:5.2f} x dense, "
                 "{share_of_peak_%:4.1f} % of peak".format(**rows[-1]),
@@ -415,13 +421,14 @@ def run_dlmc(quick: bool, threads: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer points, shorter")
+    parser.add_argument("--full", action="store_true", help="the finest grid of sparsities")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", default="", help="layers whose name contains this")
     parser.add_argument("part", nargs="*", choices=("layers", "dlmc"), default=["layers", "dlmc"])
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     if "layers" in options.part:
-        run_layers(options.only, options.quick, options.threads)
+        run_layers(options.only, "quick" if options.quick else "full" if options.full else "usual", options.threads)
     if "dlmc" in options.part:
         run_dlmc(options.quick, options.threads)
 
