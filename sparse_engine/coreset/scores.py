@@ -125,8 +125,10 @@ class ForgettingTracker:
     @torch.no_grad()
     def observe(self, indices: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Take note of a batch's predictions."""
-        indices = indices.cpu()
-        now = (logits.argmax(1) == labels).cpu()
+        self.note(indices.cpu(), (logits.argmax(1) == labels).cpu())
+
+    def note(self, indices: Tensor, now: Tensor) -> None:
+        """As ``observe``, from which samples are classified correctly now (bool)."""
         self.forgotten[indices] += (self.correct[indices] & ~now).long()
         self.correct[indices] = now
         self.learned[indices] |= now

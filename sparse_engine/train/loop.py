@@ -26,6 +26,10 @@ from .recipe import TrainPart
 from .source import BatchSource
 
 
+class NotFiniteError(SparseEngineError):
+    """The loss became infinite or NaN; the message says where and what to try."""
+
+
 class Mechanism:
     """Base: override what is needed. Everything random has to come from torch's global generator or from a seed."""
 
@@ -38,6 +42,9 @@ class Mechanism:
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Before an epoch."""
+
+    def end_epoch(self) -> None:
+        """After an epoch; the place to bring several processes together."""
 
     def progress(self, share: float) -> None:
         """Before each step: the share of the phase's steps done."""
@@ -158,7 +165,7 @@ def fit(
         on_step: called with (step of the epoch, steps, loss) for progress bars.
 
     Raises:
-        SparseEngineError: when the loss is not finite: says at which step, which layer, and what to try.
+        NotFiniteError: says at which step, in which layer, and what to try.
     """
     part = phase.part
     device = next(phase.model.parameters()).device
@@ -184,7 +191,7 @@ def fit(
                 loss = loss if penalty is None else loss + penalty
             value = loss.item()
             if not math.isfinite(value):
-                raise SparseEngineError(_not_finite(phase, batch, value, epoch))
+                raise NotFiniteError(_not_finite(phase, batch, value, epoch))
             outputs = forward.outputs(len(batch))
             for mechanism in phase.mechanisms:
                 mechanism.observe(batch, outputs)
@@ -203,6 +210,8 @@ def fit(
             if on_step is not None:
                 on_step(position, len(phase.source), value)
         phase.objective.end_epoch()
+        for mechanism in phase.mechanisms:
+            mechanism.end_epoch()
         average_buffers(phase.model, phase.processes)
         sums = total(sums, phase.processes)
         count = max(1.0, float(sums[2]))

@@ -99,14 +99,24 @@ class Helpers(Mechanism):
 
 
 class Forgetting(Mechanism):
-    """Feeds a :class:`ForgettingTracker` from the training passes."""
+    """Feeds a :class:`ForgettingTracker` from the training passes, epoch by epoch and over all processes."""
 
     def __init__(self, tracker: ForgettingTracker) -> None:
         self.tracker = tracker
+        self.seen = torch.zeros(len(tracker.visits), dtype=torch.bool)
+        self.correct = torch.zeros(len(tracker.visits))
 
     def observe(self, batch: Batch, outputs: Tensor) -> None:
         if batch.indices is not None:
-            self.tracker.observe(batch.indices, outputs, batch.targets)
+            where = batch.indices.cpu()
+            self.seen[where] = True
+            self.correct[where] = (outputs.argmax(1) == batch.targets).float().cpu()
+
+    def end_epoch(self) -> None:
+        correct, seen = _over_processes(self.correct, self.seen)
+        where = seen.nonzero().flatten()
+        self.tracker.note(where, correct[where] > 0.5)
+        self.seen.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         return self.tracker.state_dict()
@@ -116,18 +126,38 @@ class Forgetting(Mechanism):
 
 
 class InfoBatch(Mechanism):
-    """Tells an :class:`InfoBatchOrder` the loss of every sample."""
+    """Tells an :class:`InfoBatchOrder` the loss of every sample, after each epoch and from all processes."""
 
     def __init__(self, order: InfoBatchOrder) -> None:
         self.order = order
+        self.seen = torch.zeros(order.size, dtype=torch.bool)
+        self.losses = torch.zeros(order.size)
 
     @torch.no_grad()
     def observe(self, batch: Batch, outputs: Tensor) -> None:
         if batch.indices is not None:
-            self.order.observe(batch.indices, F.cross_entropy(outputs.float(), batch.targets, reduction="none"))
+            where = batch.indices.cpu()
+            self.seen[where] = True
+            self.losses[where] = F.cross_entropy(outputs.float(), batch.targets, reduction="none").cpu()
+
+    def end_epoch(self) -> None:
+        losses, seen = _over_processes(self.losses, self.seen)
+        where = seen.nonzero().flatten()
+        self.order.observe(where, losses[where])
+        self.seen.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         return self.order.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.order.load_state_dict(state)
+
+
+def _over_processes(values: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Values by sample, averaged over the processes that saw the sample, and which samples any of them saw."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values, seen
+    sums, counts = values * seen, seen.float()
+    torch.distributed.all_reduce(sums)
+    torch.distributed.all_reduce(counts)
+    return sums / counts.clamp(min=1), counts > 0

@@ -62,7 +62,7 @@ from .data import ArrayData, as_array_data, load_data
 from .distributed import Processes, agree, join, leave
 from .evaluate import accuracy, outputs
 from .log import Progress, RunLog, plot_run
-from .loop import EpochResult, Mechanism, Phase, fit
+from .loop import EpochResult, Mechanism, NotFiniteError, Phase, fit
 from .mechanisms import Forgetting, GateTraining, Helpers, InfoBatch, Rewiring
 from .post import PostPruning
 from .recipe import ModelPart, Recipe, TrainPart, load_recipe, recipe_names
@@ -205,7 +205,16 @@ class _Run:
                 self._log_epoch(stage.name, phase, result)
                 self._save(position, result.epoch + 1, phase)
 
-            fit(phase, start=start, after_epoch=after_epoch, on_step=lambda *now: self.progress.advance(now[2]))
+            try:
+                fit(phase, start=start, after_epoch=after_epoch, on_step=lambda *now: self.progress.advance(now[2]))
+            except NotFiniteError as error:
+                self.progress.stop()
+                if self.folder is None or not (self.folder / "checkpoint.pt").exists():
+                    raise
+                raise NotFiniteError(
+                    f"{error}. The last good state is {self.folder / 'checkpoint.pt'}; it resumes only with the same "
+                    "recipe"
+                ) from None
             phase.hold.remove()
         stage.finish(phase)
         self._save(position + 1, 0, None)

@@ -183,6 +183,17 @@ def test_the_module_is_the_function():
     assert torch.equal(criterion(z, y, t), want)
 
 
+def test_it_compiles_in_one_graph():
+    z, t, y = make(6, 5, torch.float32)
+
+    def loss(z: torch.Tensor) -> torch.Tensor:
+        return kd_loss(z, y, teacher_logits=t, alpha=0.5, temperature=2.0)
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(z)
+    torch.testing.assert_close(compiled, loss(z))
+    torch.testing.assert_close(torch.autograd.grad(compiled, z)[0], torch.autograd.grad(loss(z), z)[0])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -53,6 +53,16 @@ def launch(folder: Path, recipe: str, options: dict, processes: int) -> Path:
     [
         ("epsd", {"prune.options": {"steps": 1, "mode": "first_order"}, "loss.name": "ps_kd"}),
         pytest.param("rigl", {"dynamic.every": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            "data_pruning_kd",
+            {"teacher.epochs": 1, "coreset.score": "forgetting", "coreset.epochs": 3, "coreset.updates": "epochs"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "magnitude",
+            {"pretrain.epochs": 1, "prune.keep_one": True, "coreset.score": "infobatch", "coreset.fraction": 0.5},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_two_processes_agree_with_each_other_and_with_one(tmp_path, recipe, options):
@@ -65,4 +75,5 @@ def test_two_processes_agree_with_each_other_and_with_one(tmp_path, recipe, opti
         assert torch.equal(value != 0, alone[name] != 0), name
         torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=1e-4)
         assert torch.equal(value, together[name])
-    assert len(json.loads((two / "log.json").read_text())) == 2
+    rows = json.loads((two / "log.json").read_text())
+    assert [row["phase"] for row in rows].count("train") == 2

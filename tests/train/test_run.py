@@ -160,6 +160,10 @@ def test_a_loss_that_is_not_finite_stops_with_step_layer_and_advice(tmp_path):
     options = settings("magnitude", **{"train.learning_rate": 1e30, "train.momentum": 0.0})
     with pytest.raises(SparseEngineError, match=r"at step \d+ .*phase 'pretrain'.*'fc\d.*Lower the learning rate"):
         run("magnitude", "digits", out=tmp_path / "r", progress=False, **options)
+    later = settings("magnitude", **{"model.init": "zero", "teacher.epochs": 1, "pretrain.loss": "kd"})
+    later.update({"loss.name": "kd", "loss.temperature": 1e-30, "loss.alpha": 1.0})
+    with pytest.raises(SparseEngineError, match=r"last good state is .*checkpoint.pt"):
+        run("magnitude", "digits", out=tmp_path / "later", progress=False, **later)
 
 
 @pytest.mark.parametrize(
