@@ -10,6 +10,7 @@ import random
 import pytest
 import torch
 from torch import nn
+from torch.ao.pruning import WeightNormSparsifier
 from torch.nn.utils import prune
 
 from sparse_engine.errors import CheckpointError
@@ -62,9 +63,8 @@ def test_torch_prune_masks(tmp_path):
 
 
 def test_torch_ao_parametrizations(tmp_path):
-    pruning = pytest.importorskip("torch.ao.pruning")
     model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
-    sparsifier = pruning.WeightNormSparsifier(sparsity_level=0.5, sparse_block_shape=(1, 4))
+    sparsifier = WeightNormSparsifier(sparsity_level=0.5, sparse_block_shape=(1, 4))
     sparsifier.prepare(model, [{"tensor_fqn": "0.weight"}])
     sparsifier.step()
     torch.save(model.state_dict(), tmp_path / "a.pt")

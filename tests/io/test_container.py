@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -11,8 +12,6 @@ from sparse_engine.errors import FileFormatError
 from sparse_engine.io import Container, write_container
 from sparse_engine.io.container import DTYPES
 from tests.io.spx_cases import raw
-
-safetensors = pytest.importorskip("safetensors.torch")
 
 
 def _of_dtype(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -39,7 +38,7 @@ def test_each_dtype_and_shape(tmp_path, dtype, shape):
     container = Container(path)
     assert container.metadata == {"key": "é"}
     assert _same(container.tensor("t"), tensor)
-    assert _same(safetensors.load_file(path)["t"], tensor)
+    assert _same(safetensors.torch.load_file(path)["t"], tensor)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
@@ -53,7 +52,7 @@ def test_each_dtype_and_shape(tmp_path, dtype, shape):
 def test_files_of_the_official_writer(tmp_path, layout):
     path = tmp_path / "a.safetensors"
     tensors = {name: _of_dtype(dtype, (length,)) for name, (dtype, length) in layout.items()}
-    safetensors.save_file(tensors, path, metadata={"format": "pt"})
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     found = Container(path).tensors()
     assert found.keys() == tensors.keys()
     assert all(_same(found[name], tensor) for name, tensor in tensors.items())

@@ -8,6 +8,7 @@ import sys
 import tracemalloc
 
 import pytest
+import safetensors.torch
 import torch
 
 from sparse_engine.errors import FileFormatError
@@ -114,8 +115,7 @@ def test_tensors_are_mapped_and_the_file_cannot_change_through_them(sample):
 
 
 def test_the_official_reader_reads_the_tensors(sample):
-    safetensors = pytest.importorskip("safetensors.torch")
-    tensors = safetensors.load_file(sample)
+    tensors = safetensors.torch.load_file(sample)
     assert torch.equal(tensors["dense"], spx_cases.constants()["dense"])
 
 

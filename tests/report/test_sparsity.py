@@ -76,7 +76,6 @@ def test_progress_reaches_the_end(state):
 
 
 def test_more_zeros_predict_more_speed():
-    pytest.importorskip("sparse_engine._C")
     torch.manual_seed(0)
     weights = {
         str(density): torch.randn(64, 256) * (torch.rand(64, 256) < density) for density in (0.9, 0.3, 0.1, 0.02)
