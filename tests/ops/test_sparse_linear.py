@@ -235,8 +235,9 @@ def test_two_patterns_and_two_threads():
 # -- as PyTorch's tools see it -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
-@pytest.mark.parametrize("structure", [Unstructured(), Block((4, 3))], ids=str)
+@pytest.mark.parametrize(
+    "structure, backend", [(Unstructured(), "auto"), (Block((4, 3)), "cpu"), (Unstructured(), "torch")], ids=str
+)
 def test_opcheck(structure, backend):
     data = LinearCase("", 9, 11, (2, 3), structure).make()
     p = data.pattern
