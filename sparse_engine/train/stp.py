@@ -397,7 +397,7 @@ class StimulativeTraining(Objective):
         self.generator.set_state(state["generator"])
         self.share = state["share"]
         self.supernet.order = [order.numpy() for order in state["order"]]
-        self.supernet._cache.clear()
+        self.supernet.forget()
         self.pool = [
             Member(**{**entry, "depths": tuple(entry["depths"]), "widths": list(entry["widths"])})
             for entry in state["pool"]

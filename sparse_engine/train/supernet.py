@@ -6,10 +6,10 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from sparse_engine.prune.structured.spec import replaced_class, tensor_owners
 from sparse_engine.prune.structured.targets import Cost
 
 _CACHED = 512
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class Supernet:
             )
         self.order: list[NDArray[np.int64]] = [np.arange(len(group)) for group in self.groups]
         self._owners: list[str | None] = [self._block_of(group) for group in self.groups]
-        self._cache: OrderedDict[Subnet, tuple[Removed, CompactionSpec]] = OrderedDict()
+        self._removals: OrderedDict[Subnet, Removed] = OrderedDict()
+        self._specs: OrderedDict[Subnet, CompactionSpec] = OrderedDict()
 
     @property
     def full(self) -> Subnet:
@@ -91,7 +93,12 @@ class Supernet:
         """Order the units of every group by importance, the most important first; see `channel_scores`."""
         scores = channel_scores(self.model, self.groups, criterion, normaliser="none", **options)
         self.order = [torch.argsort(values, descending=True, stable=True).numpy() for values in scores]
-        self._cache.clear()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what is remembered of subnets; needed after `order` was set by hand."""
+        self._removals.clear()
+        self._specs.clear()
 
     def skipped(self, subnet: Subnet) -> list[str]:
         """Paths of the blocks that a subnet leaves out."""
@@ -105,8 +112,17 @@ class Supernet:
         )
 
     def removed(self, subnet: Subnet) -> Removed:
-        """The removed indices of every axis."""
-        return self._plan(subnet)[0]
+        """The removed indices of every axis.
+
+        Raises:
+            PruneError: the subnet's sizes do not fit the network.
+        """
+        full = self.full
+        for kept, most, what in ((subnet.depths, full.depths, "depths"), (subnet.widths, full.widths, "widths")):
+            least = 0 if what == "depths" else 1
+            if len(kept) != len(most) or any(not least <= k <= m for k, m in zip(kept, most, strict=True)):
+                raise PruneError(f"{what} {kept} do not fit the network: each has to lie between {least} and {most}")
+        return _remembered(self._removals, subnet, lambda: removal(self.analysis, self.groups, self.gone(subnet)))
 
     def cost(self, subnet: Subnet, cost: Cost) -> float:
         """What a subnet costs."""
@@ -141,7 +157,7 @@ class Supernet:
         Running statistics of batch norm are those of the full network, sliced; what a forward pass inside does to them
         is forgotten.
         """
-        _, spec = self._plan(subnet)
+        spec = self._spec(subnet)
         model = self.model
         undo: list[tuple[dict[str, Any], str, Any]] = []
         classes: list[tuple[nn.Module, type[nn.Module]]] = []
@@ -187,24 +203,14 @@ class Supernet:
         """A subnet as a module of its own, with `compaction_spec` to rebuild it; the statistics are the full network's
         until recalibrated."""
         model = copy.deepcopy(self.model)
-        _, spec = self._plan(subnet)
-        return copy.deepcopy(spec).apply_(model)
+        return copy.deepcopy(self._spec(subnet)).apply_(model)
 
-    def _plan(self, subnet: Subnet) -> tuple[Removed, CompactionSpec]:
-        if subnet in self._cache:
-            self._cache.move_to_end(subnet)
-            return self._cache[subnet]
-        full = self.full
-        for kept, most, what in ((subnet.depths, full.depths, "depths"), (subnet.widths, full.widths, "widths")):
-            least = 0 if what == "depths" else 1
-            if len(kept) != len(most) or any(not least <= k <= m for k, m in zip(kept, most, strict=True)):
-                raise PruneError(f"{what} {kept} do not fit the network: each has to lie between {least} and {most}")
-        removed = removal(self.analysis, self.groups, self.gone(subnet))
-        plan = removed, slicing_spec(self.analysis, removed, self.model, self._attributes, self.skipped(subnet))
-        self._cache[subnet] = plan
-        if len(self._cache) > _CACHED:
-            self._cache.popitem(last=False)
-        return plan
+    def _spec(self, subnet: Subnet) -> CompactionSpec:
+        def make() -> CompactionSpec:
+            skipped = self.skipped(subnet)
+            return slicing_spec(self.analysis, self.removed(subnet), self.model, self._attributes, skipped)
+
+        return _remembered(self._specs, subnet, make)
 
     def _block_of(self, group: Group) -> str | None:
         """The block that a group lies in entirely, if that block may be left out."""
@@ -212,6 +218,17 @@ class Supernet:
             if all(member.name.startswith(f"{path}.") for member in group.members):
                 return path
         return None
+
+
+def _remembered(store: OrderedDict[Subnet, T], subnet: Subnet, make: Callable[[], T]) -> T:
+    """What `make` makes, from a store of the most recently used."""
+    if subnet in store:
+        store.move_to_end(subnet)
+    else:
+        store[subnet] = make()
+        if len(store) > _CACHED:
+            store.popitem(last=False)
+    return store[subnet]
 
 
 class _Absent:

@@ -101,7 +101,9 @@ def compact(
                 )
         elif not attempts.learn(problem, small, plan.removed):
             raise PruneError(
-                f"{type(model).__name__}'s own code does not run with the sizes left by compaction: {problem.message}"
+                f"{type(model).__name__}'s own code does not run with the sizes left by compaction: {problem.message}. "
+                "Make parametrizations and pruning hooks permanent first (torch.nn.utils.prune.remove, "
+                "remove_parametrizations), or name what has to stay in keep="
             )
     compaction_spec(small).notes.extend(attempts.notes)
     for path, module in small.named_modules():
@@ -248,6 +250,7 @@ def slicing_spec(
             spec.kept[name] = kept
             spec.shapes[name] = shape
     paths = {id(module): path for path, module in model.named_modules()}
+    names = {id(getattr(*sites[0])): name for name, sites in owners.items()}
     for contraction in analysis.contractions:
         if (
             contraction.group_axis is not None
@@ -267,7 +270,9 @@ def slicing_spec(
     for name in spec.kept:
         for module, _ in owners[name]:
             path = paths[id(module)]
-            own = {key: sizes[full] for key, full in _names_of(module, owners).items() if full in sizes}
+            tensors = [*module._parameters.items(), *module._buffers.items()]
+            full_names = {key: names.get(id(tensor)) for key, tensor in tensors if tensor is not None}
+            own = {key: sizes[full] for key, full in full_names.items() if full in sizes}
             spec.attributes.setdefault(path, {}).update(
                 _layer_sizes(module, own, spec.attributes.get(path, {}).get("groups"))
             )
@@ -283,13 +288,6 @@ def slicing_spec(
     left = {path: values for path, values in spec.attributes.items() if values and not f"{path}.".startswith(skipped)}
     spec.attributes = left if skipped else {path: values for path, values in spec.attributes.items() if values}
     return spec
-
-
-def _names_of(module: nn.Module, owners: dict[str, list[tuple[nn.Module, str]]]) -> dict[str, str]:
-    """attribute -> canonical tensor name, for the tensors that a module holds itself."""
-    ids = {id(getattr(*sites[0])): name for name, sites in owners.items()}
-    own = [*module._parameters.items(), *module._buffers.items()]
-    return {attribute: ids[id(tensor)] for attribute, tensor in own if tensor is not None and id(tensor) in ids}
 
 
 def _layer_sizes(module: nn.Module, sizes: dict[str, list[int]], groups: int | None) -> dict[str, Any]:
