@@ -14,7 +14,7 @@ import torch
 
 from sparse_engine import kernels
 from sparse_engine.ops import cuda_library, registry
-from sparse_engine.ops.pattern import cached, scatter_matrix
+from sparse_engine.ops.pattern import cached, cell_index, gather_matrix, scatter_matrix
 
 _SIDES = (16, 32, 64, 128)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -99,6 +99,111 @@ def _why_not_triton_weight_grad(grad, x, row_ptr, cols, out_features, in_feature
 def _triton_weight_grad(grad, x, row_ptr, cols, out_features, in_features, block):
     pattern = _pattern(row_ptr, cols, out_features, in_features, block)
     return kernels.block_sparse_weight_gradient(grad.detach(), x.detach(), pattern).reshape(-1)
+
+
+# -- triton: convolutions whose channels are pruned --------------------------------------------------------------------
+
+
+def _channels(
+    row_ptr: torch.Tensor, cols: torch.Tensor, weight_shape: list[int]
+) -> tuple[kernels.ChannelList, kernels.ChannelList] | None:
+    """Kept input and output channels of a pattern that is made of whole channels, else None; looked at once."""
+    _outputs, channels, *kernel = weight_shape
+    taps = kernel[0] * kernel[1]
+
+    def build() -> tuple[kernels.ChannelList, kernels.ChannelList] | None:
+        counts = row_ptr.diff().cpu()
+        keep_out = counts > 0
+        columns = torch.zeros(channels * taps, dtype=torch.bool)
+        columns[cols.cpu().long()] = True
+        per_channel = columns.reshape(channels, taps)
+        keep_in = per_channel.any(1)
+        whole = bool((per_channel.all(1) == keep_in).all()) and bool((counts[keep_out] == int(columns.sum())).all())
+        if not whole or not bool(keep_out.any()):
+            return None
+        return kernels.channel_list(keep_in, cols.device), kernels.channel_list(keep_out, cols.device)
+
+    return cached(row_ptr, cols, ("triton channels", *weight_shape), build)
+
+
+def _why_not_triton_conv(tensors, row_ptr, cols, weight_shape, padding, groups, block) -> list[str]:
+    reasons = _why_not_operands(tensors, cols, _interpreted("sparse_conv2d"))
+    if reasons:
+        return reasons
+    reasons = kernels.why_not()
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in _FLOATS:
+            reasons.append(f"{name} is {tensor.dtype}")
+    if groups != 1:
+        reasons.append(f"{groups} groups")
+    if padding[0] != padding[2] or padding[1] != padding[3]:
+        reasons.append(f"uneven padding {list(padding)}")
+    if 0 in weight_shape or list(block) != [1, 1] or _channels(row_ptr, cols, weight_shape) is None:
+        reasons.append("the pattern is not made of whole channels; pack with structure=Channel()")
+    return reasons
+
+
+def _geometry(weight_shape: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> Any:
+    kernel = (weight_shape[2], weight_shape[3])
+    return kernels.ConvGeometry(kernel, (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]))
+
+
+def _conv_weight(values: torch.Tensor, row_ptr: torch.Tensor, cols: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    columns = shape[1] * shape[2] * shape[3]
+    weight = scatter_matrix(values.detach(), row_ptr, cols, shape[0], columns, (1, 1)).reshape(shape)
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+def _why_not_triton_conv_forward(
+    x, values, bias, row_ptr, cols, weight_shape, stride, padding, dilation, groups, block
+):
+    tensors = {"x": x, "values": values, "bias": bias}
+    return _why_not_triton_conv(tensors, row_ptr, cols, weight_shape, padding, groups, block)
+
+
+@registry.register("sparse_conv2d", "triton", why_not=_why_not_triton_conv_forward)
+def _triton_conv(x, values, bias, row_ptr, cols, weight_shape, stride, padding, dilation, groups, block):
+    inputs, outputs = _channels(row_ptr, cols, weight_shape)
+    weight = _conv_weight(values, row_ptr, cols, weight_shape)
+    geometry = _geometry(weight_shape, stride, padding, dilation)
+    y = kernels.channel_conv(x.detach(), weight, inputs, outputs, geometry, bias)
+    if bias is not None and outputs.kept < outputs.channels:  # the kernel leaves pruned channels at zero
+        kept = torch.zeros(outputs.channels, dtype=torch.bool, device=y.device)
+        kept.index_fill_(0, outputs.index.long(), True)
+        y = y + torch.where(kept, 0, bias.detach())[:, None, None]
+    return y.contiguous()
+
+
+def _why_not_triton_conv_input_grad(
+    grad, values, input_size, row_ptr, cols, weight_shape, stride, padding, dilation, groups, block
+):
+    tensors = {"grad": grad, "values": values}
+    return _why_not_triton_conv(tensors, row_ptr, cols, weight_shape, padding, groups, block)
+
+
+@registry.register("sparse_conv2d_input_grad", "triton", why_not=_why_not_triton_conv_input_grad)
+def _triton_conv_input_grad(
+    grad, values, input_size, row_ptr, cols, weight_shape, stride, padding, dilation, groups, block
+):
+    inputs, outputs = _channels(row_ptr, cols, weight_shape)
+    weight = _conv_weight(values, row_ptr, cols, weight_shape)
+    geometry = _geometry(weight_shape, stride, padding, dilation)
+    size = (int(input_size[0]), int(input_size[1]))
+    return kernels.channel_conv_input_gradient(grad.detach(), weight, inputs, outputs, geometry, size).contiguous()
+
+
+def _why_not_triton_conv_weight_grad(grad, x, row_ptr, cols, weight_shape, stride, padding, dilation, groups, block):
+    tensors = {"grad": grad, "x": x}
+    return _why_not_triton_conv(tensors, row_ptr, cols, weight_shape, padding, groups, block)
+
+
+@registry.register("sparse_conv2d_weight_grad", "triton", why_not=_why_not_triton_conv_weight_grad)
+def _triton_conv_weight_grad(grad, x, row_ptr, cols, weight_shape, stride, padding, dilation, groups, block):
+    inputs, outputs = _channels(row_ptr, cols, weight_shape)
+    geometry = _geometry(weight_shape, stride, padding, dilation)
+    full = kernels.channel_conv_weight_gradient(grad.detach(), x.detach(), inputs, outputs, geometry)
+    columns = weight_shape[1] * weight_shape[2] * weight_shape[3]
+    return gather_matrix(full.reshape(weight_shape[0], columns), cell_index(row_ptr, cols, columns), (1, 1))
 
 
 # -- triton: distillation loss ---------------------------------------------------------------------------------------

@@ -7,10 +7,10 @@ import torch
 
 from sparse_engine import PackedWeight, distill
 from sparse_engine.errors import BackendError
-from sparse_engine.ops import Pattern, kd_rows, registry, sparse_linear
+from sparse_engine.ops import Pattern, kd_rows, registry, sparse_conv2d, sparse_linear
 from sparse_engine.ops.masked_linear import masked_linear
 from sparse_engine.ops.sparse_linear import explain_linear
-from sparse_engine.structure import Block, Unstructured
+from sparse_engine.structure import Block, Channel, Unstructured
 from tests.helpers import assert_close_to_fp64
 
 
@@ -114,3 +114,35 @@ def test_masked_linear_and_gradients(device, monkeypatch):
     assert_close_to_fp64(operands[0].grad, wide[0].grad)
     assert_close_to_fp64(operands[1].grad, wide[1].grad * mask)
     assert_close_to_fp64(operands[2].grad, wide[2].grad)
+
+
+def test_conv_of_pruned_channels_and_gradients(device, monkeypatch):
+    monkeypatch.setenv("SPARSE_ENGINE_IMPL", "sparse_conv2d:triton")
+    weight = torch.randn(10, 8, 3, 3)
+    weight[:, [1, 2, 5]] = 0
+    weight[[0, 7]] = 0
+    packed = PackedWeight.from_dense(weight, structure=Channel())
+    pattern = Pattern.from_packed(packed).to(device)
+    x, bias, values = torch.randn(2, 8, 7, 6), torch.randn(10), packed.values
+    operands = [tensor.clone().to(device).requires_grad_() for tensor in (x, values, bias)]
+    y = sparse_conv2d(operands[0], operands[1], pattern, operands[2], stride=(2, 1), padding=(1, 1))
+    dy = torch.randn(y.shape)
+    y.backward(dy.to(device))
+    wide = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
+    expected = torch.nn.functional.conv2d(*wide, stride=(2, 1), padding=(1, 1))
+    expected.backward(dy.double())
+    assert_close_to_fp64(y, expected.detach())
+    assert_close_to_fp64(operands[0].grad, wide[0].grad)
+    assert_close_to_fp64(operands[1].grad, packed.gather(wide[1].grad.float()).double())
+    assert_close_to_fp64(operands[2].grad, wide[2].grad)
+
+
+def test_conv_of_scattered_weights_is_refused(device, monkeypatch):
+    monkeypatch.setenv("SPARSE_ENGINE_IMPL", "sparse_conv2d:triton")
+    weight = torch.randn(4, 4, 3, 3)
+    weight[0, 0, 0, 0] = 0
+    packed = PackedWeight.from_dense(weight, structure=Unstructured())
+    with pytest.raises(BackendError, match="not made of whole channels"):
+        sparse_conv2d(
+            torch.randn(1, 4, 5, 5, device=device), packed.values.to(device), Pattern.from_packed(packed).to(device)
+        )
