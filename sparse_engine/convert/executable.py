@@ -282,7 +282,12 @@ class Executable:
         """A new plan for a batch size; calls make and keep their own."""
         if self._compile is None or batch == 0:
             return ReferencePlan(self.graph)
-        return self._compile(self.graph, batch=batch, threads=self.threads, choices=self.choices)
+        try:
+            return self._compile(self.graph, batch=batch, threads=self.threads, choices=self.choices)
+        except MemoryError:
+            raise ConvertError(
+                f"there is not enough memory for batch size {batch}; run the batch in smaller pieces"
+            ) from None
 
     def _batch_of(self, shapes: Sequence[Sequence[int]]) -> int:
         fixed = self.graph.fixed_batch

@@ -21,7 +21,7 @@ from sparse_engine.errors import ConvertError
 
 VERSION = 1
 MAX_SIZE = 2**31 - 1  # of one dimension
-MAX_ELEMENTS = 2**40  # of one value, per unit of batch
+MAX_ELEMENTS = 2**32  # of one value, at batch size 1
 MAX_RANK = 12
 MAX_COUNT = 100_000  # nodes, values or constants of one graph
 MAX_NAME = 512
