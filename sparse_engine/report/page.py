@@ -246,11 +246,15 @@ def _layer_table(data: PageData) -> str:
                 layer["reason"],
             ]
         )
-    note = (
-        "GFLOP/s count kept weights only; the limit is the lower of the two ceilings at the layer's intensity."
-        if data.ceilings
-        else ""
-    )
+    if data.layers:
+        note = (
+            "ms and dense ms were measured for this page, the latter with PyTorch; the reasons are from the conversion and "
+            "compare with the native dense kernel."
+        )
+    else:
+        note = "ms and dense ms are from the conversion: the chosen kernel and the native dense kernel, timed in turns."
+    if data.ceilings:
+        note += " GFLOP/s count kept weights only; the limit is the lower of the two ceilings at the layer's intensity."
     return _section("Layers", _table(head, rows), note)
 
 
