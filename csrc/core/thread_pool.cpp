@@ -23,12 +23,36 @@ namespace {
 // Spinning covers the gap between two nodes of one plan; anything longer parks, so an idle process uses no CPU.
 constexpr int kSpins = 2000;
 
+// Items [begin, end), both in one word so that its owner (from the front) and thieves (from the back) take them without a lock.
+struct alignas(64) Range {
+    std::atomic<uint64_t> word{0};
+    static uint64_t pack(uint64_t begin, uint64_t end) { return begin << 32 | end; }
+    bool take(bool from_front, int64_t* item) {
+        uint64_t old = word.load(std::memory_order_relaxed);
+        for (;;) {
+            uint64_t begin = old >> 32, end = old & 0xffffffff;
+            if (begin >= end) return false;
+            uint64_t next = from_front ? pack(begin + 1, end) : pack(begin, end - 1);
+            if (word.compare_exchange_weak(old, next, std::memory_order_relaxed)) {
+                *item = static_cast<int64_t>(from_front ? begin : end - 1);
+                return true;
+            }
+        }
+    }
+    int64_t left() const {
+        uint64_t now = word.load(std::memory_order_relaxed);
+        uint64_t begin = now >> 32, end = now & 0xffffffff;
+        return begin < end ? static_cast<int64_t>(end - begin) : 0;
+    }
+};
+
 struct alignas(64) Job {
     const WorkFunction* body = nullptr;
-    int64_t items = 0;
+    int threads = 0;
     int max_helpers = 0;
     int caller_core = -1;
-    alignas(64) std::atomic<int64_t> next{0};
+    // One range per thread: successive jobs over the same pixels then find them in the same core's cache.
+    Range ranges[kMaxThreads];
     alignas(64) std::atomic<int64_t> unfinished{0};
     std::atomic<int> next_slot{1};
     int helpers = 0;  // guarded by Pool::mutex_: workers that hold a pointer to this job
@@ -89,7 +113,9 @@ class Pool {
         }
         Job job;
         job.body = &body;
-        job.items = items;
+        job.threads = threads;
+        for (int t = 0; t < threads; t++)
+            job.ranges[t].word.store(Range::pack(items * t / threads, items * (t + 1) / threads), std::memory_order_relaxed);
         job.unfinished.store(items, std::memory_order_relaxed);
         job.max_helpers = threads - 1;
         job.caller_core = current_core();
@@ -121,22 +147,33 @@ class Pool {
 
   private:
     static void drain(Job& job, int slot) {
-        int64_t finished = 0;
-        for (;;) {
-            int64_t item = job.next.fetch_add(1, std::memory_order_relaxed);
-            if (item >= job.items) break;
+        int64_t finished = 0, item;
+        while (job.ranges[slot].take(true, &item)) {
+            (*job.body)(item, slot);
+            finished++;
+        }
+        for (;;) {  // help where most is left
+            int most = -1;
+            for (int t = 0; t < job.threads; t++)
+                if (job.ranges[t].left() > (most < 0 ? 0 : job.ranges[most].left())) most = t;
+            if (most < 0) break;
+            if (!job.ranges[most].take(false, &item)) continue;
             (*job.body)(item, slot);
             finished++;
         }
         if (finished) job.unfinished.fetch_sub(finished, std::memory_order_acq_rel);
     }
 
+    static bool has_work(const Job& job) {
+        for (int t = 0; t < job.threads; t++)
+            if (job.ranges[t].left() > 0) return true;
+        return false;
+    }
+
     Job* pick() {  // with mutex_ held
         Job* best = nullptr;
         for (Job* job : jobs_)
-            if (job->helpers < job->max_helpers && job->next.load(std::memory_order_relaxed) < job->items &&
-                (!best || job->helpers < best->helpers))
-                best = job;
+            if (job->helpers < job->max_helpers && has_work(*job) && (!best || job->helpers < best->helpers)) best = job;
         return best;
     }
 
@@ -192,7 +229,14 @@ Pool& pool() {
 int num_threads() { return pool().threads(); }
 void set_num_threads(int n) { pool().set_threads(n); }
 void parallel_for(int64_t items, int threads, const WorkFunction& body) {
-    if (items > 0) pool().run(items, threads, body);
+    constexpr int64_t kMost = INT32_MAX;  // of one job: a range is two 32-bit numbers
+    for (int64_t first = 0; first < items; first += kMost) {
+        if (items <= kMost) {
+            pool().run(items, threads, body);
+        } else {
+            pool().run(std::min(kMost, items - first), threads, [&](int64_t item, int slot) { body(first + item, slot); });
+        }
+    }
 }
 
 }  // namespace sparse_engine

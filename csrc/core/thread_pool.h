@@ -29,8 +29,10 @@ void set_num_threads(int n);
 constexpr int kMaxThreads = 64;
 
 // Runs body(item, slot) for item = 0 … items-1, on the caller and on idle workers. Returns when all items are done.
-// Items are taken in order, one at a time, so a worker that the system has descheduled holds up at most one item.
-// Safe to call from several threads at once: each caller always works on its own job, idle workers help wherever work is left.
+// Each thread starts on its own contiguous share of the items (thread t of n on the t-th of n parts), one item at a time, and then helps
+// the others from the back: neighbouring items stay on one core from job to job, and a worker that the system has descheduled holds up at
+// most one item. Safe to call from several threads at once: each caller always works on its own job, idle workers help wherever work is
+// left.
 void parallel_for(int64_t items, int threads, const WorkFunction& body);
 
 }  // namespace sparse_engine

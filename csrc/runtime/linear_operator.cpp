@@ -279,20 +279,24 @@ void PhaseNode::run(Context& context) const {
     float* to = context.at(out);
     int64_t columns = static_cast<int64_t>(phases.phase_x.size()), count = static_cast<int64_t>(phases.phase_y.size()) * columns;
     int64_t grid = phases.grid_h * phases.grid_w;
-    parallel_for(g.channels * g.batch, context.threads, [&](int64_t item, int) {
-        int64_t c = item / g.batch, n = item % g.batch;
+    // Bands of rows outermost, so that threads keep their pixels.
+    int64_t bands = context.threads > 1 && g.batch == 1 ? std::min<int64_t>(phases.grid_h, 2 * context.threads) : 1;
+    parallel_for(bands * g.channels * g.batch, context.threads, [&](int64_t item, int) {
+        int64_t band = item / (g.channels * g.batch), c = item % g.channels, n = item / g.channels % g.batch;
+        int64_t row0 = phases.grid_h * band / bands, row1 = phases.grid_h * (band + 1) / bands;
         const float* source = in + n * stride_n + c * stride_c;
         for (int64_t phase = 0; phase < count; phase++) {
             int64_t py = phases.phase_y[phase / columns], px = phases.phase_x[phase % columns];
             float* plane = to + (c * count + phase) * phases.plane_stride + n * grid;
             int64_t rows = std::min(phases.grid_h, g.height > py ? ceil_div(g.height - py, g.stride_h) : 0);
             int64_t wide = std::min(phases.grid_w, g.width > px ? ceil_div(g.width - px, g.stride_w) : 0);
-            for (int64_t i = 0; i < rows; i++) {
+            for (int64_t i = row0; i < std::min(rows, row1); i++) {
                 k.copy(source + (i * g.stride_h + py) * stride_h + px * stride_w, g.stride_w * stride_w, plane + i * phases.grid_w, wide);
                 // Pixels off the input are masked by the taps, but must not be traps: keep them finite.
                 std::memset(plane + i * phases.grid_w + wide, 0, size_t(phases.grid_w - wide) * sizeof(float));
             }
-            std::memset(plane + rows * phases.grid_w, 0, size_t((phases.grid_h - rows) * phases.grid_w) * sizeof(float));
+            int64_t empty = std::max(rows, row0);
+            if (empty < row1) std::memset(plane + empty * phases.grid_w, 0, size_t((row1 - empty) * phases.grid_w) * sizeof(float));
         }
     });
 }
@@ -303,9 +307,10 @@ void DepthwiseNode::run(Context& context) const {
     const float* in = context.at(x);
     float* to = context.at(out);
     const float* add = has_residual ? context.at(residual) : nullptr;
-    int64_t chunk = 16 * 256, chunks = ceil_div(pixels, chunk);
+    // Pixels outermost: a thread then works on the pixels that it also has in the pointwise layers before and after.
+    int64_t chunk = std::clamp<int64_t>(ceil_div(pixels, 16 * 4 * context.threads) * 16, 64, 4096), chunks = ceil_div(pixels, chunk);
     parallel_for(channels * chunks, context.threads, [&](int64_t item, int) {
-        int64_t c = item / chunks, first = item % chunks * chunk;
+        int64_t c = item % channels, first = item / channels * chunk;
         DepthwiseArgs a{};
         a.x = in + c / multiplier * x_stride;
         a.weight = weight->data() + c * taps->taps, a.taps = taps->taps;

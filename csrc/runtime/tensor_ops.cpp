@@ -233,12 +233,15 @@ void PoolNode::run(Context& context) const {
     const float* x = context.at(x_.ref);
     float* y = context.at(y_.ref);
     bool small = batch * channels * out_h * out_w * o_.kernel_h * o_.kernel_w < 2 * kGrain;
-    parallel_for(batch * channels, small ? 1 : context.threads, [&](int64_t item, int) {
-        int64_t n = item / channels, c = item % channels;
+    // Bands of rows outermost within an image: threads keep their pixels from layer to layer.
+    int64_t bands = !small && batch == 1 && context.threads > 1 ? std::min<int64_t>(out_h, 2 * context.threads) : 1;
+    parallel_for(bands * batch * channels, small ? 1 : context.threads, [&](int64_t item, int) {
+        int64_t band = item / (batch * channels), n = item / channels % batch, c = item % channels;
+        int64_t row0 = out_h * band / bands, row1 = out_h * (band + 1) / bands;
         const float* from = x + n * x_.strides[0] + c * x_.strides[1];
         float* to = y + n * y_.strides[0] + c * y_.strides[1];
         float empty = o_.max ? -std::numeric_limits<float>::infinity() : 0.0f;
-        for (int64_t oy = 0; oy < out_h; oy++) {
+        for (int64_t oy = row0; oy < row1; oy++) {
             float* row = to + oy * y_.strides[2];
             std::fill(row, row + out_w, empty);
             for (int64_t r = 0; r < o_.kernel_h; r++) {
