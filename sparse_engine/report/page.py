@@ -248,8 +248,8 @@ def _layer_table(data: PageData) -> str:
         )
     if data.layers:
         note = (
-            "ms and dense ms were measured for this page, the latter with PyTorch; the reasons are from the conversion and "
-            "compare with the native dense kernel."
+            "ms and dense ms were measured for this page, the latter with PyTorch; the reasons are from the conversion "
+            "and compare with the native dense kernel."
         )
     else:
         note = "ms and dense ms are from the conversion: the chosen kernel and the native dense kernel, timed in turns."
