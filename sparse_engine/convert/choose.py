@@ -128,7 +128,7 @@ def describe(choice: LinearChoice) -> str:
 
 
 def predicted_speedup(weight: numpy.ndarray) -> float:
-    """How much faster than dense the cost model expects a weight [rows, columns] to be, given enough pixels; at least 1."""
+    """The speed-up over dense that the cost model expects of a weight [rows, columns] at many pixels; at least 1."""
     best = min(panel_entries(weight, panel) * cost for panel, cost in _costs().items())
     return max(1.0, weight.size / max(1, best))
 

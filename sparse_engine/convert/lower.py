@@ -186,7 +186,7 @@ def panel_entries(weight: numpy.ndarray, panel: int) -> int:
 
 
 def default_choice(problem: LinearProblem, threads: int = 0) -> LinearChoice:
-    """The kernel that the cost model expects to be fastest: stored entries times an entry's cost at each panel width."""
+    """The kernel that the cost model expects to be fastest: stored entries times an entry's cost by panel width."""
     if problem.depthwise:
         return LinearChoice("depthwise")
     if problem.vector:
@@ -1007,7 +1007,7 @@ def _equal_strides(a: _Place, b: _Place) -> bool:
 
 
 def _plan_concats(graph: Graph) -> dict[str, tuple[str, list[str]]]:
-    """For each concat whose inputs begin those of a later, longer one: that one's name and inputs, to share its memory."""
+    """For each concat whose inputs begin those of a later one: that one's name and inputs, to share its memory."""
     hosts: dict[str, tuple[str, list[str]]] = {}
     later: list[Node] = []
     for node in reversed(graph.nodes):
@@ -1075,7 +1075,7 @@ class NativePlan:
         return self._collect(outputs)
 
     def run_many(self, addresses: list[int], strides: list[int], count: int) -> None:
-        """Run `count` batches that follow each other in memory, one address and one stride in floats per input and output."""
+        """Run `count` batches that follow each other; one address and one stride (floats) per input and output."""
         self._plan.run_many([*addresses, self._constants_address], [*strides, 0], count, self._threads)
 
     def run_at(self, addresses: list[int]) -> None:
