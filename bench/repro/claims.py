@@ -106,10 +106,11 @@ class Rows:
 def compare(pairs: Iterable[tuple[Figure, Figure]]) -> tuple[str, float, int]:
     """Whether the first is above the second on the mean over pairs: a verdict, the mean difference and the pairs
     used."""
-    differences, variances = [], []
+    differences, variances, seeds = [], [], []
     for first, second in pairs:
         if min(len(first.values), len(second.values)) >= SEEDS:
             differences.append(first.mean - second.mean)
+            seeds += [len(first.values), len(second.values)]
             variances.append(first.spread**2 / len(first.values) + second.spread**2 / len(second.values))
     if not differences:
         return "not yet run", 0.0, 0
@@ -117,8 +118,8 @@ def compare(pairs: Iterable[tuple[Figure, Figure]]) -> tuple[str, float, int]:
     error = sum(variances) ** 0.5 / len(differences)
     verdict = "reproduced" if mean > ERRORS * error and mean > 0 else "not reproduced"
     if verdict == "not reproduced" and abs(mean) <= ERRORS * error:
-        verdict = "not reproduced (no difference beyond the seeds' spread)"
-    return verdict, mean, len(differences)
+        verdict = "not reproduced: no difference beyond the spread"
+    return f"{verdict} ({min(seeds)} seeds)", mean, len(differences)
 
 
 def claims(rows: Rows) -> list[tuple[str, str, str, str]]:
@@ -273,6 +274,9 @@ def tables(rows: Rows) -> list[str]:
     for stages in (["zero"], ["mask"], ["zero", "mask"]):
         figure = rows.figure("pipeline", method="ablation", density=0.02, stages=stages)
         out.append(f"\nWithout warm-up of the penalties, {' and '.join(stages)}: {figure}.")
+    for stages in (["mask"], ["zero", "mask"]):
+        figure = rows.figure("pipeline", method="ablation", density=0.02, stages=stages, penalty=3e-3)
+        out.append(f"\nThe same with a penalty ten times as strong (λ2 = 3e-3), {' and '.join(stages)}: {figure}.")
     for remedy in ("open", "warmup", "open+warmup"):
         figure = rows.figure("pipeline", method="remedy", density=0.02, stages=["zero", "mask"], remedy=remedy)
         out.append(f"\nZerO and mask with the remedy *{remedy}*: {figure}.")

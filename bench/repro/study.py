@@ -172,6 +172,8 @@ def pipeline_cells(scale: str) -> Iterator[Cell]:
     # the collapse: penalties in full force from the first step on, and what helps against it
     for stages in (["zero"], ["mask"], ["zero", "mask"]):
         yield {"kind": "pipeline", "method": "ablation", "density": 0.02, "stages": stages}
+    for stages in (["mask"], ["zero", "mask"]):
+        yield {"kind": "pipeline", "method": "ablation", "density": 0.02, "stages": stages, "penalty": 3e-3}
     for remedy in ("open", "warmup", "open+warmup"):
         yield {"kind": "pipeline", "method": "remedy", "density": 0.02, "stages": ["zero", "mask"], "remedy": remedy}
 
@@ -207,7 +209,8 @@ def _pipeline(cell: Cell, epochs: int) -> dict[str, Any]:
     remedy = cell.get("remedy", "")
     if "mask" in stages:
         out.update({
-            "pretrain.gates": "bernoulli", "pretrain.variance_penalty": 0.0, "pretrain.size_penalty": 3e-4,
+            "pretrain.gates": "bernoulli", "pretrain.variance_penalty": 0.0,
+            "pretrain.size_penalty": cell.get("penalty", 3e-4),
             "pretrain.gate_learning_rate": 0.1, "pretrain.penalty_warmup": 0.0,
         })  # fmt: skip
         if method in ("pipeline", "stages"):
