@@ -10,9 +10,11 @@ and the engine, nothing of this project.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.metadata
 import json
 import os
+import signal
 import sys
 import time
 
@@ -78,7 +80,15 @@ ENGINES = {
 DISTRIBUTIONS = {"sparse_engine": "sparse-engine"}
 
 
+def end_with_parent():
+    """Ask Linux to end this process when the one that started it ends: it may be stopped and would never notice."""
+    if sys.platform == "linux":
+        death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)
+
+
 def main():
+    end_with_parent()
     # Engines print to standard output; the answers get a channel of their own.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
