@@ -88,6 +88,19 @@ def test_zero_padding_keeps_a_channel_whose_constant_is_not_zero():
     assert check(model, torch.randn(1, 3, 8, 8))[0].weight.shape[0] == 2
 
 
+def test_a_constant_that_varies_stays_even_where_everything_behind_it_is_known():
+    """Row 0 of the padded convolution reads only a constant: what follows is known, but not the same everywhere."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 3, padding=1)
+    )
+    randomise_(model)
+    model[0].weight.data[0] = 0
+    model[1].weight.data[0, 1:] = 0
+    small = check(model, torch.randn(1, 3, 6, 6))
+    assert small[0].out_channels == 3
+    assert small[1].in_channels == 3
+
+
 def test_reflection_padding_does_not_vary():
     model = randomise_(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 3, padding=1, padding_mode="reflect")))
     model[0].weight.data[:2] = 0
