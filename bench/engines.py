@@ -141,3 +141,22 @@ def take_turns(
         label: {"median_ms": statistics.median(values), "best_ms": min(values), "rounds": len(values)}
         for label, values in medians.items()
     }
+
+
+def disturbed(times: Mapping[str, Mapping[str, float]], most: float = 1.4) -> str | None:
+    """Say which contenders' rounds differ so much that other work must have been in the way; None when all are steady.
+
+    Example:
+        >>> disturbed({"ours": {"median_ms": 1.0, "best_ms": 0.9}, "other": {"median_ms": 9.0, "best_ms": 3.0}})
+        'other: median 9.0 ms, best round 3.0 ms'
+
+    Args:
+        times: what `take_turns` returns.
+        most: the largest accepted ratio of a contender's median to its best round.
+    """
+    uneven = [
+        f"{label}: median {summary['median_ms']:.1f} ms, best round {summary['best_ms']:.1f} ms"
+        for label, summary in times.items()
+        if summary["median_ms"] > most * summary["best_ms"]
+    ]
+    return "; ".join(uneven) or None

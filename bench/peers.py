@@ -24,7 +24,7 @@ import torch
 
 import sparse_engine as se
 from bench import results_io
-from bench.engines import PEERS, contenders, make_environment, take_turns
+from bench.engines import PEERS, contenders, disturbed, make_environment, take_turns
 from bench.networks import IMAGE, NETWORKS, pruned_network, write_onnx
 from bench.peak import core_to_core_ns, peak_gflops
 from bench.rows import merged
@@ -68,7 +68,10 @@ def sparse_gflop(file: Path) -> float:
     return sum(layer.flops * (1 - (layer.sparsity or 0)) for layer in se.load(file).report.layers) / 1e9
 
 
-def measure(case: tuple[str, float, tuple[int, int], int], options: argparse.Namespace, peak: float) -> dict[str, Any]:
+def measure(
+    case: tuple[str, float, tuple[int, int], int], options: argparse.Namespace, peak: float
+) -> dict[str, Any] | None:
+    """A row of the table; None, after saying so, when other work disturbed the measurement."""
     network, sparsity, block, batch = case
     stem = prepare(network, sparsity, block, batch, options.engines_python)
     spx = stem.with_name(f"{stem.name}_t{options.threads}.spx")
@@ -88,6 +91,9 @@ def measure(case: tuple[str, float, tuple[int, int], int], options: argparse.Nam
         found_versions = {label: contender.version for label, contender in ready.items()}
     ms = {label: summary["median_ms"] for label, summary in times.items()}
     print("median, best round:", {k: (round(s["median_ms"], 2), round(s["best_ms"], 2)) for k, s in times.items()})
+    if reason := disturbed(times):
+        print(f"not written, the machine was not quiet: {reason}", flush=True)
+        return None
     peers = {label: value for label, value in ms.items() if label != "ours"}
     gflop = sparse_gflop(spx)
     row: dict[str, Any] = {
@@ -205,8 +211,9 @@ def main() -> None:
     peak = peak_gflops(options.threads)
     for case in chosen:
         row = measure(case, options, peak)
-        print(row, flush=True)
-        write([row], peak)
+        if row is not None:
+            print(row, flush=True)
+            write([row], peak)
 
 
 if __name__ == "__main__":

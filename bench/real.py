@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import sparse_engine as se
 from bench import results_io
-from bench.engines import contenders, make_environment, take_turns
+from bench.engines import contenders, disturbed, make_environment, take_turns
 from bench.rows import merged
 from sparse_engine.io import load_state, read_checkpoint, write_checkpoint
 from sparse_engine.train.data import ArrayData, load_data
@@ -285,8 +285,10 @@ def run_accuracy(only: str, tune: bool) -> None:
 # ---- speed and size
 
 
-def measure_speed(case: Case, batch: int, engines_python: Path | None, threads: int, rounds: int) -> dict[str, object]:
-    """Latency per image of the executable, of PyTorch and (given an environment) of ONNX Runtime; sizes on disk."""
+def measure_speed(
+    case: Case, batch: int, engines_python: Path | None, threads: int, rounds: int
+) -> dict[str, object] | None:
+    """Latency per image of the executable, of PyTorch and (given an environment) of ONNX Runtime; None if disturbed."""
     WORK.mkdir(parents=True, exist_ok=True)
     model = case.model()
     x = torch.randn(batch, *case.shape, generator=torch.Generator().manual_seed(0))
@@ -311,6 +313,9 @@ def measure_speed(case: Case, batch: int, engines_python: Path | None, threads: 
         wanted["onnxruntime"] = ("onnxruntime", stem.with_suffix(".onnx"), engines_python)
     with contenders(wanted, batch=batch, threads=threads, shape=case.shape) as ready:
         times = take_turns(ready, rounds=rounds, seconds=0.15, calls=5)
+    if reason := disturbed(times):
+        print(f"not written, the machine was not quiet: {reason}", flush=True)
+        return None
     per_image = {label: summary["median_ms"] / batch for label, summary in times.items()}
     rivals = {label: value for label, value in per_image.items() if label != "ours"}
     best = min(rivals, key=rivals.__getitem__)
@@ -340,6 +345,8 @@ def run_speed(only: str, batches: list[int], engines_python: Path | None, thread
         if batch > 16 and case.shape[-1] > 64:
             continue  # large images at a large batch take minutes and say nothing new
         row = measure_speed(case, batch, engines_python, threads, rounds)
+        if row is None:
+            continue
         print(row, flush=True)
         results_io.write(
             "real_speed",
