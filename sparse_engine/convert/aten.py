@@ -392,6 +392,19 @@ def _reduce(builder: Builder, call: Call) -> Ref:
     return builder.emit("reduce", [x], kind=kind, dims=dims, keepdim=bool(call.arguments.get("keepdim", False)))
 
 
+@handles("linalg_vector_norm.default")
+def _vector_norm(builder: Builder, call: Call) -> Ref:
+    x = _floating(call["self"])
+    dims = call["dim"] if call["dim"] is not None else list(range(x.rank))
+    dims = sorted({_wrap(dim, x.rank) for dim in ([dims] if is_int(dims) else dims)})
+    inner, kind = {1: ("abs", "sum"), 2: ("square", "sum"), math.inf: ("abs", "amax")}.get(call["ord"], ("", ""))
+    if not inner or not dims:
+        raise NotNative(f"a norm of order {call['ord']}")
+    powers = builder.emit("unary", [x], activation={"kind": inner})
+    total = builder.emit("reduce", [powers], kind=kind, dims=dims, keepdim=bool(call["keepdim"]))
+    return builder.emit("unary", [total], activation={"kind": "sqrt"}) if call["ord"] == 2 else total
+
+
 @handles("softmax.int", "_softmax.default")
 def _softmax(builder: Builder, call: Call) -> Ref:
     x = _floating(call["self"])

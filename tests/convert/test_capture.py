@@ -107,6 +107,12 @@ NATIVE: dict[str, tuple[Callable[..., Any] | nn.Module, Sequence[int], str]] = {
     "mean": (lambda x: x.mean([2, 3]), IMAGE, "reduce"),
     "sum": (lambda x: x.sum(-1, keepdim=True), IMAGE, "reduce"),
     "amax": (lambda x: x.amax((1, 2)), IMAGE, "reduce"),
+    "normalised": (
+        lambda x: functional.normalize(x, dim=-1),
+        TOKENS,
+        "unary reduce unary unary expand binary",
+    ),
+    "largest magnitude": (lambda x: torch.linalg.vector_norm(x, float("inf"), dim=1), TOKENS, "unary reduce"),
     "softmax": (lambda x: x.softmax(1), IMAGE, "softmax"),
     "log softmax": (lambda x: x.log_softmax(-1), ROWS, "reduce binary unary reduce unary binary"),
     "dropout": (nn.Dropout(0.5), IMAGE, ""),
