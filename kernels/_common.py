@@ -3,14 +3,19 @@ checks of launchers."""
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 
 from sparse_engine.errors import BackendError, ShapeError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "hardswish")
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -20,6 +25,20 @@ def interpreted() -> bool:
     """Whether Triton runs these kernels in its interpreter, on CPU tensors (``TRITON_INTERPRET=1`` when this package
     was imported)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def on_its_device(launcher: Callable[P, T]) -> Callable[P, T]:
+    """Makes a launcher run on the GPU of its first tensor: Triton launches on the current device, whatever it gets."""
+
+    @functools.wraps(launcher)
+    def call(*arguments: P.args, **named: P.kwargs) -> T:
+        first = next(a for a in (*arguments, *named.values()) if isinstance(a, torch.Tensor))
+        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
+            return launcher(*arguments, **named)
+        with torch.cuda.device(first.device):
+            return launcher(*arguments, **named)
+
+    return call
 
 
 def generation(device: torch.device) -> str:

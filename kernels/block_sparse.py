@@ -42,6 +42,7 @@ from ._common import (
     check_tensors,
     generation,
     grid_size,
+    on_its_device,
     power_of_two,
     precision,
 )
@@ -347,6 +348,7 @@ def sdd_config(arch: str, rows: int, cols: int, dtype: torch.dtype) -> dict[str,
     return config
 
 
+@on_its_device
 def block_sparse_linear(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -375,11 +377,13 @@ def block_sparse_linear(
     return _dsd("block_sparse_linear", x, values, pattern, False, bias, residual, activation, slope)
 
 
+@on_its_device
 def block_sparse_input_gradient(dy: torch.Tensor, values: torch.Tensor, pattern: BlockPattern) -> torch.Tensor:
     """`dy · W`: the gradient of the input, [..., K], over the same values. dy: [..., M]."""
     return _dsd("block_sparse_input_gradient", dy, values, pattern, True, None, None, None, 0.0)
 
 
+@on_its_device
 def block_sparse_weight_gradient(dy: torch.Tensor, x: torch.Tensor, pattern: BlockPattern) -> torch.Tensor:
     """`dyᵀ · x` at the kept blocks only: [B, R, C]. dy: [..., M]; x: [..., K]. The same result every run: no
     atomics."""

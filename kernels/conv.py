@@ -32,6 +32,7 @@ from ._common import (
     check_tensors,
     generation,
     grid_size,
+    on_its_device,
     power_of_two,
     precision,
 )
@@ -261,6 +262,7 @@ def channel_conv_weight_kernel(
     tl.store(dw_ptr + row[:, None] * kept_in + j[None, :], acc.to(dw_ptr.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def channel_conv(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -307,6 +309,7 @@ def channel_conv(
     return y
 
 
+@on_its_device
 def channel_conv_input_gradient(
     dy: torch.Tensor,
     weight: torch.Tensor,
@@ -340,6 +343,7 @@ def channel_conv_input_gradient(
     return dx
 
 
+@on_its_device
 def channel_conv_weight_gradient(
     dy: torch.Tensor, x: torch.Tensor, inputs: ChannelList, outputs: ChannelList, geometry: ConvGeometry
 ) -> torch.Tensor:

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from sparse_engine.errors import ShapeError
 
-from ._common import check_float, check_lengths, check_tensors, generation
+from ._common import check_float, check_lengths, check_tensors, generation, on_its_device
 
 # (GPU generation, classes in one tile, rounded up to a power of two): warps. Longer rows go through tiles of TILE.
 RESIDENT_WARPS: dict[str, dict[int, int]] = {
@@ -291,6 +291,7 @@ def distill_config(arch: str, classes: int) -> dict[str, int | bool]:
     return {"RESIDENT": False, **TILE[arch], "num_stages": 2}
 
 
+@on_its_device
 def distill_rows(
     student: torch.Tensor,
     teacher: torch.Tensor | None = None,
@@ -449,6 +450,7 @@ def kd_loss(
     return (loss if reduction == "none" else loss.sum()), result
 
 
+@on_its_device
 def scale_rows_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """x · factor in place, for the upstream gradient; returns at once, without reading x, where the factor is 1.
 

@@ -29,6 +29,7 @@ from ._common import (
     check_tensors,
     generation,
     grid_size,
+    on_its_device,
     power_of_two,
     precision,
 )
@@ -223,6 +224,7 @@ def masked_weight_gradient_kernel(
     tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def tile_lists(mask: torch.Tensor, tile: tuple[int, int] = TILE) -> TileLists:
     """Finds the tiles of a mask (or of a weight: its non-zeros) that hold anything. Three launches, no synchronisation.
 
@@ -254,6 +256,7 @@ def tile_lists(mask: torch.Tensor, tile: tuple[int, int] = TILE) -> TileLists:
     return TileLists((m, k), tile, flags, by_row, row_counts, by_column, column_counts)
 
 
+@on_its_device
 def masked_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -276,6 +279,7 @@ def masked_linear(
     return _product("masked_linear", x, weight, mask, lists, False, bias, check_activation("masked", activation), slope)
 
 
+@on_its_device
 def masked_input_gradient(
     dy: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | None, lists: TileLists
 ) -> torch.Tensor:
@@ -283,6 +287,7 @@ def masked_input_gradient(
     return _product("masked_input_gradient", dy, weight, mask, lists, True, None, "none", 0.0)
 
 
+@on_its_device
 def masked_weight_gradient(
     dy: torch.Tensor, x: torch.Tensor, mask: torch.Tensor | None, lists: TileLists, everywhere: bool = False
 ) -> torch.Tensor:

@@ -27,6 +27,7 @@ from ._common import (
     check_tensors,
     generation,
     grid_size,
+    on_its_device,
     power_of_two,
     precision,
 )
@@ -150,6 +151,7 @@ def nm_config(arch: str, tokens: int, group: int, fp32: bool) -> dict[str, int]:
     return config
 
 
+@on_its_device
 def nm_linear(
     x: torch.Tensor,
     values: torch.Tensor,

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from sparse_engine.errors import ShapeError
 
-from ._common import check_float, check_lengths, check_tensors, generation
+from ._common import check_float, check_lengths, check_tensors, generation, on_its_device
 from .distill import DistillResult, distill_config, distill_rows
 
 MAX_TOP_K = 16
@@ -268,6 +268,7 @@ def dlb_loss(
     return (result.hard * hard + result.soft * soft).sum(), result
 
 
+@on_its_device
 def ps_kd_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
