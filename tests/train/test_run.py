@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import sparse_engine as se
+from sparse_engine.distill import CrossEntropy
 from sparse_engine.errors import CheckpointError, PruneError, RecipeError, SparseEngineError
 from sparse_engine.train import Phase, accuracy, load_data, run
 from sparse_engine.train.loop import Mechanism, learning_rate
@@ -160,10 +161,20 @@ def test_a_loss_that_is_not_finite_stops_with_step_layer_and_advice(tmp_path):
     options = settings("magnitude", **{"train.learning_rate": 1e30, "train.momentum": 0.0})
     with pytest.raises(SparseEngineError, match=r"at step \d+ .*phase 'pretrain'.*'fc\d.*Lower the learning rate"):
         run("magnitude", "digits", out=tmp_path / "r", progress=False, **options)
-    later = settings("magnitude", **{"model.init": "zero", "teacher.epochs": 1, "pretrain.loss": "kd"})
-    later.update({"loss.name": "kd", "loss.temperature": 1e-30, "loss.alpha": 1.0})
-    with pytest.raises(SparseEngineError, match=r"last good state is .*checkpoint.pt"):
-        run("magnitude", "digits", out=tmp_path / "later", progress=False, **later)
+
+
+def test_a_loss_that_spoils_later_names_the_last_good_state(tmp_path, monkeypatch):
+    calls, usual = 0, CrossEntropy.__call__
+
+    def spoiled(self, forward, batch):
+        nonlocal calls
+        calls += 1
+        return usual(self, forward, batch) * (float("nan") if calls == 6 else 1.0)  # in the second epoch
+
+    monkeypatch.setattr(CrossEntropy, "__call__", spoiled)
+    options = settings("magnitude", **{"pretrain.epochs": 2})
+    with pytest.raises(SparseEngineError, match=r"at step 6 .*last good state is .*checkpoint.pt"):
+        run("magnitude", "digits", out=tmp_path / "r", progress=False, **options)
 
 
 @pytest.mark.parametrize(
