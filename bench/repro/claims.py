@@ -34,6 +34,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "reproduction.md"
 ERRORS = 1.0
 #: seeds below which a claim is not judged
 SEEDS = 2
+NOT_JUDGED = f"not yet judged (fewer than {SEEDS} seeds)"
 
 INTRODUCTION = (
     (
@@ -48,6 +49,18 @@ INTRODUCTION = (
         "are test "
         "accuracies in per cent, mean ± standard deviation (number of seeds); — means not yet run."
     ),
+)
+
+TRIED = (
+    (
+        "What was tried for claims that did not reproduce: EPSD with three self-distillation losses at three sparsities, "
+        "with the published inner settings (K = 3, rate 0.5, momentum 0.9), which were chosen for convolutional networks. "
+        "For the collapse of ZerO with a learned mask: penalties in full force from the first step, and ten times as "
+        "strong; here ZerO *helps* under the mask. The mechanism the paper names is there (a unit test shows that the "
+        "gate of a weight that is exactly zero gets no gradient from the loss), but this network is shallow and its first "
+        "layer is wider than its input, so that ZerO fills it with a Hadamard block and not with zeros."
+    ),
+    "",
 )
 
 LARGER = (
@@ -113,7 +126,7 @@ def compare(pairs: Iterable[tuple[Figure, Figure]]) -> tuple[str, float, int]:
             seeds += [len(first.values), len(second.values)]
             variances.append(first.spread**2 / len(first.values) + second.spread**2 / len(second.values))
     if not differences:
-        return "not yet run", 0.0, 0
+        return NOT_JUDGED, 0.0, 0
     mean = statistics.fmean(differences)
     error = sum(variances) ** 0.5 / len(differences)
     verdict = "reproduced" if mean > ERRORS * error and mean > 0 else "not reproduced"
@@ -177,7 +190,7 @@ def claims(rows: Rows) -> list[tuple[str, str, str, str]]:
         verdict = "reproduced" if best == "mask" else "not reproduced"
         out.append(("pipeline", "the learned mask does most of it", verdict, f"mean effect of each stage: {figures}"))
     else:
-        out.append(("pipeline", "the learned mask does most of it", "not yet run", ""))
+        out.append(("pipeline", "the learned mask does most of it", NOT_JUDGED, ""))
     alone = [stage(name, method="ablation") for name in ("mask", "zero")]
     pairs = [(figure, stage("zero", "mask", method="ablation")) for figure in alone]
     add("pipeline", "ZerO and the mask together fall below either alone (collapse)", pairs, "comparisons")
@@ -218,9 +231,10 @@ def _gap_grows(epsd: Callable[[str, str, float], Figure]) -> tuple[str, str, str
             gaps.append((sparsity, difference))
     claim = "the gap between EPSD and SC is widest at high sparsity (≥ 95 %)"
     if len(gaps) < len(SPARSITIES):
-        return ("EPSD", claim, "not yet run", "")
+        return ("EPSD", claim, NOT_JUDGED, "")
     widest = max(gaps, key=lambda gap: gap[1])
-    verdict = "reproduced" if widest[0] >= 0.95 and widest[1] > 0 else "not reproduced"
+    # one sparsity with a lucky gap is not a trend: the gap at the highest one has to be the widest, and positive
+    verdict = "reproduced" if widest[0] == SPARSITIES[-1] and widest[1] > 0 else "not reproduced"
     return ("EPSD", claim, verdict, ", ".join(f"{gap:+.1f} at {sparsity:.0%}" for sparsity, gap in gaps))
 
 
@@ -235,7 +249,7 @@ def _best_alpha(rows: Rows) -> tuple[str, str, str, str]:
             best.append((fraction, max(figures, key=lambda a: figures[a].mean)))
     claim = "the best α falls as the kept fraction rises"
     if len(best) < 3:
-        return ("data pruning", claim, "not yet run", "")
+        return ("data pruning", claim, NOT_JUDGED, "")
     alphas = [alpha for _, alpha in best]
     falls = alphas == sorted(alphas, reverse=True) and alphas[0] > alphas[-1]
     figures_text = ", ".join(f"α = {alpha:g} at f = {fraction:g}" for fraction, alpha in best)
@@ -357,6 +371,7 @@ def write() -> Path:
             "| --- | --- | --- | --- |",
             *[f"| {' | '.join(entry)} |" for entry in claims(rows)],
             "",
+            *TRIED,
             *tables(rows),
             "",
         ]
