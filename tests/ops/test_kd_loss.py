@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.nn import functional
 
@@ -294,6 +294,7 @@ def test_explain_and_refuse():
 @given(
     st.integers(0, 6), st.integers(1, 70), st.floats(0.3, 8.0), st.floats(0.0, 1.0), st.booleans(), st.integers(0, 999)
 )
+@example(1, 2, 2.0, 0.0, False, 0)  # teacher and student nearly agree
 def test_any_shape_and_setting(rows, classes, temperature, smoothing, weights, seed):
     torch.manual_seed(seed)
     settings = {"temperature": temperature, "label_smoothing": smoothing}
@@ -311,4 +312,17 @@ def test_any_shape_and_setting(rows, classes, temperature, smoothing, weights, s
             impl=backend,
         )
         assert_close_to_fp64(result.hard, hard)
-        assert_close_to_fp64(result.gradient, gradient)
+        # A gradient is a difference of probabilities. Where teacher and student all but agree it is far smaller than
+        # its terms, whose float32 rounding (a few units in the last place of up to 1, times the scales) remains.
+        rounding = (
+            4
+            * torch.finfo(torch.float32).eps
+            * sum(float(_largest(scale)) for scale in (scales[0], temperature * scales[1]))
+        )
+        error = (result.gradient.double() - gradient).abs()
+        assert result.gradient.shape == gradient.shape
+        assert bool((error <= 1e-5 * _largest(gradient) + rounding).all())
+
+
+def _largest(tensor):
+    return tensor.abs().max() if tensor.numel() else torch.zeros(())
