@@ -8,6 +8,8 @@
 namespace sparse_engine {
 namespace {
 
+constexpr int64_t kItemWork = 65536;  // multiplications of one work item of a cheap operator: some microseconds
+
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int log2_of(int panel) { return panel == 8 ? 3 : panel == 4 ? 2 : panel == 2 ? 1 : 0; }
@@ -281,22 +283,28 @@ void PhaseNode::run(Context& context) const {
     int64_t grid = phases.grid_h * phases.grid_w;
     // Bands of rows outermost, so that threads keep their pixels.
     int64_t bands = context.threads > 1 && g.batch == 1 ? std::min<int64_t>(phases.grid_h, 2 * context.threads) : 1;
-    parallel_for(bands * g.channels * g.batch, context.threads, [&](int64_t item, int) {
-        int64_t band = item / (g.channels * g.batch), c = item % g.channels, n = item / g.channels % g.batch;
+    int64_t planes = g.channels * g.batch;
+    int64_t group = std::clamp<int64_t>(kItemWork * bands / (4 * count * grid), 1, planes), groups = ceil_div(planes, group);
+    parallel_for(bands * groups, context.threads, [&](int64_t item, int) {
+        int64_t band = item / groups, plane0 = item % groups * group;
         int64_t row0 = phases.grid_h * band / bands, row1 = phases.grid_h * (band + 1) / bands;
-        const float* source = in + n * stride_n + c * stride_c;
-        for (int64_t phase = 0; phase < count; phase++) {
-            int64_t py = phases.phase_y[phase / columns], px = phases.phase_x[phase % columns];
-            float* plane = to + (c * count + phase) * phases.plane_stride + n * grid;
-            int64_t rows = std::min(phases.grid_h, g.height > py ? ceil_div(g.height - py, g.stride_h) : 0);
-            int64_t wide = std::min(phases.grid_w, g.width > px ? ceil_div(g.width - px, g.stride_w) : 0);
-            for (int64_t i = row0; i < std::min(rows, row1); i++) {
-                k.copy(source + (i * g.stride_h + py) * stride_h + px * stride_w, g.stride_w * stride_w, plane + i * phases.grid_w, wide);
-                // Pixels off the input are masked by the taps, but must not be traps: keep them finite.
-                std::memset(plane + i * phases.grid_w + wide, 0, size_t(phases.grid_w - wide) * sizeof(float));
+        for (int64_t index = plane0; index < std::min(planes, plane0 + group); index++) {
+            int64_t c = index % g.channels, n = index / g.channels;
+            const float* source = in + n * stride_n + c * stride_c;
+            for (int64_t phase = 0; phase < count; phase++) {
+                int64_t py = phases.phase_y[phase / columns], px = phases.phase_x[phase % columns];
+                float* plane = to + (c * count + phase) * phases.plane_stride + n * grid;
+                int64_t rows = std::min(phases.grid_h, g.height > py ? ceil_div(g.height - py, g.stride_h) : 0);
+                int64_t wide = std::min(phases.grid_w, g.width > px ? ceil_div(g.width - px, g.stride_w) : 0);
+                for (int64_t i = row0; i < std::min(rows, row1); i++) {
+                    k.copy(source + (i * g.stride_h + py) * stride_h + px * stride_w, g.stride_w * stride_w, plane + i * phases.grid_w,
+                           wide);
+                    // Pixels off the input are masked by the taps, but must not be traps: keep them finite.
+                    std::memset(plane + i * phases.grid_w + wide, 0, size_t(phases.grid_w - wide) * sizeof(float));
+                }
+                int64_t empty = std::max(rows, row0);
+                if (empty < row1) std::memset(plane + empty * phases.grid_w, 0, size_t((row1 - empty) * phases.grid_w) * sizeof(float));
             }
-            int64_t empty = std::max(rows, row0);
-            if (empty < row1) std::memset(plane + empty * phases.grid_w, 0, size_t((row1 - empty) * phases.grid_w) * sizeof(float));
         }
     });
 }
@@ -309,20 +317,24 @@ void DepthwiseNode::run(Context& context) const {
     const float* add = has_residual ? context.at(residual) : nullptr;
     // Pixels outermost: a thread then works on the pixels that it also has in the pointwise layers before and after.
     int64_t chunk = std::clamp<int64_t>(ceil_div(pixels, 16 * 4 * context.threads) * 16, 64, 4096), chunks = ceil_div(pixels, chunk);
-    parallel_for(channels * chunks, context.threads, [&](int64_t item, int) {
-        int64_t c = item % channels, first = item / channels * chunk;
-        DepthwiseArgs a{};
-        a.x = in + c / multiplier * x_stride;
-        a.weight = weight->data() + c * taps->taps, a.taps = taps->taps;
-        a.tap_offset = taps->offset.data(), a.tap_mask = taps->mask.data(), a.mask_stride = taps->mask_stride;
-        a.pixel0 = first, a.pixels = std::min(chunk, ceil_div(pixels, 16) * 16 - first);
-        a.bias = bias ? (*bias)[c] : 0.0f;
-        a.low = epilogue.low(), a.high = epilogue.high();
-        a.out = to + c * out_stride;
-        a.residual = add ? add + c * residual_stride : nullptr;
-        k.depthwise(a);
-        if (epilogue.needs_pass())
-            k.activate(epilogue.kind, epilogue.p0, epilogue.p1, a.out + first, a.out + first, std::min(chunk, pixels - first));
+    // Channels per item: handing out an item costs up to a microsecond when the cores are far apart.
+    int64_t group = std::clamp<int64_t>(kItemWork / (chunk * taps->taps), 1, channels), groups = ceil_div(channels, group);
+    parallel_for(groups * chunks, context.threads, [&](int64_t item, int) {
+        int64_t first = item / groups * chunk, channel0 = item % groups * group;
+        for (int64_t c = channel0; c < std::min(channels, channel0 + group); c++) {
+            DepthwiseArgs a{};
+            a.x = in + c / multiplier * x_stride;
+            a.weight = weight->data() + c * taps->taps, a.taps = taps->taps;
+            a.tap_offset = taps->offset.data(), a.tap_mask = taps->mask.data(), a.mask_stride = taps->mask_stride;
+            a.pixel0 = first, a.pixels = std::min(chunk, ceil_div(pixels, 16) * 16 - first);
+            a.bias = bias ? (*bias)[c] : 0.0f;
+            a.low = epilogue.low(), a.high = epilogue.high();
+            a.out = to + c * out_stride;
+            a.residual = add ? add + c * residual_stride : nullptr;
+            k.depthwise(a);
+            if (epilogue.needs_pass())
+                k.activate(epilogue.kind, epilogue.p0, epilogue.p1, a.out + first, a.out + first, std::min(chunk, pixels - first));
+        }
     });
 }
 

@@ -235,44 +235,49 @@ void PoolNode::run(Context& context) const {
     bool small = batch * channels * out_h * out_w * o_.kernel_h * o_.kernel_w < 2 * kGrain;
     // Bands of rows outermost within an image: threads keep their pixels from layer to layer.
     int64_t bands = !small && batch == 1 && context.threads > 1 ? std::min<int64_t>(out_h, 2 * context.threads) : 1;
-    parallel_for(bands * batch * channels, small ? 1 : context.threads, [&](int64_t item, int) {
-        int64_t band = item / (batch * channels), n = item / channels % batch, c = item % channels;
+    int64_t planes = batch * channels, work = std::max<int64_t>(1, out_h * out_w * o_.kernel_h * o_.kernel_w / bands);
+    int64_t group = std::clamp<int64_t>(4 * kGrain / work, 1, std::max<int64_t>(1, planes)), groups = ceil_div(planes, group);
+    parallel_for(bands * groups, small ? 1 : context.threads, [&](int64_t item, int) {
+        int64_t band = item / groups, plane0 = item % groups * group;
         int64_t row0 = out_h * band / bands, row1 = out_h * (band + 1) / bands;
-        const float* from = x + n * x_.strides[0] + c * x_.strides[1];
-        float* to = y + n * y_.strides[0] + c * y_.strides[1];
-        float empty = o_.max ? -std::numeric_limits<float>::infinity() : 0.0f;
-        for (int64_t oy = row0; oy < row1; oy++) {
-            float* row = to + oy * y_.strides[2];
-            std::fill(row, row + out_w, empty);
-            for (int64_t r = 0; r < o_.kernel_h; r++) {
-                int64_t iy = oy * o_.stride_h + r * o_.dilation_h - o_.pad_top;
-                if (iy < 0 || iy >= height) continue;
-                const float* line = from + iy * x_.strides[2];
-                for (int64_t s = 0; s < o_.kernel_w; s++) {
-                    int64_t shift = s * o_.dilation_w - o_.pad_left;
-                    int64_t first = shift >= 0 ? 0 : ceil_div(-shift, o_.stride_w);
-                    int64_t last = width - 1 - shift < 0 ? -1 : std::min(out_w - 1, (width - 1 - shift) / o_.stride_w);
-                    if (last < first) continue;
-                    const float* start = line + (first * o_.stride_w + shift) * x_.strides[3];
-                    int64_t step = o_.stride_w * x_.strides[3];
-                    if (o_.max) {
-                        k.max_into(start, step, row + first, last - first + 1);
-                    } else {
-                        k.add_into(start, step, row + first, last - first + 1);
+        for (int64_t index = plane0; index < std::min(planes, plane0 + group); index++) {
+            int64_t n = index / channels, c = index % channels;
+            const float* from = x + n * x_.strides[0] + c * x_.strides[1];
+            float* to = y + n * y_.strides[0] + c * y_.strides[1];
+            float empty = o_.max ? -std::numeric_limits<float>::infinity() : 0.0f;
+            for (int64_t oy = row0; oy < row1; oy++) {
+                float* row = to + oy * y_.strides[2];
+                std::fill(row, row + out_w, empty);
+                for (int64_t r = 0; r < o_.kernel_h; r++) {
+                    int64_t iy = oy * o_.stride_h + r * o_.dilation_h - o_.pad_top;
+                    if (iy < 0 || iy >= height) continue;
+                    const float* line = from + iy * x_.strides[2];
+                    for (int64_t s = 0; s < o_.kernel_w; s++) {
+                        int64_t shift = s * o_.dilation_w - o_.pad_left;
+                        int64_t first = shift >= 0 ? 0 : ceil_div(-shift, o_.stride_w);
+                        int64_t last = width - 1 - shift < 0 ? -1 : std::min(out_w - 1, (width - 1 - shift) / o_.stride_w);
+                        if (last < first) continue;
+                        const float* start = line + (first * o_.stride_w + shift) * x_.strides[3];
+                        int64_t step = o_.stride_w * x_.strides[3];
+                        if (o_.max) {
+                            k.max_into(start, step, row + first, last - first + 1);
+                        } else {
+                            k.add_into(start, step, row + first, last - first + 1);
+                        }
                     }
                 }
-            }
-            if (o_.max) continue;
-            // The divisor counts padding up to the padded border when asked to, and never what ceil_mode adds beyond it.
-            auto extent = [&](int64_t o, int64_t stride, int64_t kernel, int64_t pad0, int64_t pad1, int64_t size) {
-                int64_t begin = o * stride - pad0, end = std::min(begin + kernel, size + pad1);
-                if (!o_.count_include_pad) begin = std::max<int64_t>(begin, 0), end = std::min(end, size);
-                return end - begin;
-            };
-            int64_t high = extent(oy, o_.stride_h, o_.kernel_h, o_.pad_top, o_.pad_bottom, height);
-            for (int64_t ox = 0; ox < out_w; ox++) {
-                int64_t count = o_.divisor ? o_.divisor : high * extent(ox, o_.stride_w, o_.kernel_w, o_.pad_left, o_.pad_right, width);
-                row[ox] /= static_cast<float>(count);
+                if (o_.max) continue;
+                // The divisor counts padding up to the padded border when asked to, and never what ceil_mode adds beyond it.
+                auto extent = [&](int64_t o, int64_t stride, int64_t kernel, int64_t pad0, int64_t pad1, int64_t size) {
+                    int64_t begin = o * stride - pad0, end = std::min(begin + kernel, size + pad1);
+                    if (!o_.count_include_pad) begin = std::max<int64_t>(begin, 0), end = std::min(end, size);
+                    return end - begin;
+                };
+                int64_t high = extent(oy, o_.stride_h, o_.kernel_h, o_.pad_top, o_.pad_bottom, height);
+                for (int64_t ox = 0; ox < out_w; ox++) {
+                    int64_t count = o_.divisor ? o_.divisor : high * extent(ox, o_.stride_w, o_.kernel_w, o_.pad_left, o_.pad_right, width);
+                    row[ox] /= static_cast<float>(count);
+                }
             }
         }
     });
@@ -284,23 +289,26 @@ void AdaptiveAveragePoolNode::run(Context& context) const {
             width = x_.sizes[3];
     const float* x = context.at(x_.ref);
     float* y = context.at(y_.ref);
-    parallel_for(batch * channels, batch * channels * height * width < 2 * kGrain ? 1 : context.threads, [&](int64_t item, int) {
-        int64_t n = item / channels, c = item % channels;
-        const float* from = x + n * x_.strides[0] + c * x_.strides[1];
-        for (int64_t oy = 0; oy < out_h; oy++)
-            for (int64_t ox = 0; ox < out_w; ox++) {
-                int64_t y0 = oy * height / out_h, y1 = ceil_div((oy + 1) * height, out_h), x0 = ox * width / out_w,
-                        x1 = ceil_div((ox + 1) * width, out_w);
-                float total = 0;
-                if (x_.strides[3] == 1 && x_.strides[2] == width && x1 - x0 == width) {
-                    total = k.reduce_sum(from + y0 * width, (y1 - y0) * width);
-                } else {
-                    for (int64_t i = y0; i < y1; i++)
-                        for (int64_t j = x0; j < x1; j++) total += from[i * x_.strides[2] + j * x_.strides[3]];
+    int64_t planes = batch * channels, group = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, height * width));
+    parallel_for(ceil_div(planes, group), planes * height * width < 2 * kGrain ? 1 : context.threads, [&](int64_t item, int) {
+        for (int64_t index = item * group; index < std::min(planes, (item + 1) * group); index++) {
+            int64_t n = index / channels, c = index % channels;
+            const float* from = x + n * x_.strides[0] + c * x_.strides[1];
+            for (int64_t oy = 0; oy < out_h; oy++)
+                for (int64_t ox = 0; ox < out_w; ox++) {
+                    int64_t y0 = oy * height / out_h, y1 = ceil_div((oy + 1) * height, out_h), x0 = ox * width / out_w,
+                            x1 = ceil_div((ox + 1) * width, out_w);
+                    float total = 0;
+                    if (x_.strides[3] == 1 && x_.strides[2] == width && x1 - x0 == width) {
+                        total = k.reduce_sum(from + y0 * width, (y1 - y0) * width);
+                    } else {
+                        for (int64_t i = y0; i < y1; i++)
+                            for (int64_t j = x0; j < x1; j++) total += from[i * x_.strides[2] + j * x_.strides[3]];
+                    }
+                    y[n * y_.strides[0] + c * y_.strides[1] + oy * y_.strides[2] + ox * y_.strides[3]] =
+                        total / static_cast<float>((y1 - y0) * (x1 - x0));
                 }
-                y[n * y_.strides[0] + c * y_.strides[1] + oy * y_.strides[2] + ox * y_.strides[3]] =
-                    total / static_cast<float>((y1 - y0) * (x1 - x0));
-            }
+        }
     });
 }
 
