@@ -162,6 +162,41 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_num_threads", &set_num_threads, py::arg("n"),
           "Threads for calls that start from now on; 0 = one per core that this process may use.");
     m.def("get_num_threads", &num_threads);
+    m.def(
+        "kd_rows",
+        [](uintptr_t logits, int64_t pitch, int64_t rows, int64_t classes, uintptr_t targets, uintptr_t teacher, int64_t teacher_pitch,
+           uintptr_t class_weights, uintptr_t hard_scale, uintptr_t soft_scale, float temperature, bool soft_targets, bool kl, bool hard,
+           float label_smoothing, int64_t ignore_index, uintptr_t hard_loss, uintptr_t soft_loss, uintptr_t gradient,
+           int64_t gradient_pitch) {
+            if (rows < 0 || classes < 1 || !(temperature > 0))
+                throw std::invalid_argument("kd_rows: rows, classes or temperature out of range");
+            py::gil_scoped_release release;
+            const KernelTable& k = kernels();
+            const auto* labels = reinterpret_cast<const int64_t*>(targets);
+            int64_t group = std::max<int64_t>(1, 16384 / classes);
+            parallel_for((rows + group - 1) / group, num_threads(), [&](int64_t item, int) {
+                for (int64_t row = item * group; row < std::min(rows, (item + 1) * group); row++) {
+                    KDRowArgs a{};
+                    a.logits = address(logits) + row * pitch;
+                    a.teacher = teacher ? address(teacher) + row * teacher_pitch : nullptr;
+                    a.class_weights = address(class_weights);
+                    a.gradient = gradient ? address(gradient) + row * gradient_pitch : nullptr;
+                    a.classes = classes, a.label = labels ? labels[row] : 0;
+                    a.hard = hard && labels, a.soft_targets = soft_targets, a.kl = kl, a.temperature = temperature,
+                    a.label_smoothing = label_smoothing;
+                    a.hard_scale = hard_scale ? address(hard_scale)[row] : 1.0f,
+                    a.soft_scale = soft_scale ? address(soft_scale)[row] : 1.0f;
+                    if (labels && labels[row] == ignore_index) {
+                        if (a.gradient) std::fill(a.gradient, a.gradient + classes, 0.0f);
+                    } else {
+                        k.kd_row(a);
+                    }
+                    address(hard_loss)[row] = a.hard_loss, address(soft_loss)[row] = a.soft_loss;
+                }
+            });
+        },
+        "Cross entropy and distillation loss of each row, with their gradient on request; the order of arguments is that of "
+        "ops/kd_loss.py.");
     m.def("padded_pixels", &padded_pixels, "Floats from one channel plane of so many pixels to the next.");
 
     // -------------------------------------------------------------------------------------------------------- layers

@@ -11,6 +11,7 @@ namespace sparse_engine {
     void fill_spmm(KernelTable&);        \
     void fill_pack(KernelTable&);        \
     void fill_elementwise(KernelTable&); \
+    void fill_losses(KernelTable&);      \
     }
 SE_BUILD(portable)
 #if defined(__x86_64__)
@@ -20,12 +21,12 @@ SE_BUILD(avx512)
 
 namespace {
 
-#define SE_TABLE(ISA, LANES)                                            \
-    [] {                                                                \
-        KernelTable t{};                                                \
-        t.name = #ISA, t.lanes = LANES;                                 \
-        ISA::fill_spmm(t), ISA::fill_pack(t), ISA::fill_elementwise(t); \
-        return t;                                                       \
+#define SE_TABLE(ISA, LANES)                                                                 \
+    [] {                                                                                     \
+        KernelTable t{};                                                                     \
+        t.name = #ISA, t.lanes = LANES;                                                      \
+        ISA::fill_spmm(t), ISA::fill_pack(t), ISA::fill_elementwise(t), ISA::fill_losses(t); \
+        return t;                                                                            \
     }()
 
 }  // namespace

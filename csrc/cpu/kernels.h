@@ -86,6 +86,19 @@ struct DepthwiseArgs {
     float* out;
 };
 
+// One row of cross entropy and distillation; see sparse_engine/ops/kd_loss.py for the formulas.
+struct KDRowArgs {
+    const float* logits;
+    const float* teacher;        // logits, or probabilities where soft_targets; or null
+    const float* class_weights;  // or null: all ones
+    float* gradient;             // or null
+    int64_t classes;
+    int64_t label;
+    bool hard, soft_targets, kl;
+    float temperature, label_smoothing, hard_scale, soft_scale;
+    float hard_loss, soft_loss;  // out
+};
+
 constexpr int kMaxVectors = 8;
 
 struct KernelTable {
@@ -114,6 +127,7 @@ struct KernelTable {
     void (*binary)(Binary kind, const float* a, int a_step, const float* b, int b_step, float* y, int64_t n);
     // y[i] = x[i] · scale + shift
     void (*scale_shift)(const float* x, float scale, float shift, float* y, int64_t n);
+    void (*kd_row)(KDRowArgs&);
     float (*reduce_sum)(const float* x, int64_t n);
     float (*reduce_max)(const float* x, int64_t n);
     // Along the strided axis, vectorised over `width` neighbouring columns: y = softmax_k x[k · stride + i].
