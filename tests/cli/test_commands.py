@@ -273,7 +273,7 @@ def test_an_interruption_leaves_nothing(tmp_path, number):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        # Where the tests themselves run in the background of a shell, interrupts are ignored, and children inherit that.
+        # Where the tests run in the background of a shell, interrupts are ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout.readline() == "building\n"
