@@ -385,7 +385,9 @@ PYBIND11_MODULE(_C, m) {
                  if (!weight.panels || weight.cols != geo.channels * geo.taps()) throw std::invalid_argument(name + ": the weight does not fit the geometry");
                  auto node = std::make_unique<SpmmNode>();
                  node->weight = weight.panels, node->bias = optional_floats(bias), node->pixels = pixels, node->vectors = std::max(1, std::min(vectors, kMaxVectors));
-                 bool direct = geo.pointwise() && (x.ref.buffer == 0 || pixels % lanes == 0);
+                 // One tap whose (single) phase is just the output's grid: a strided 1x1 convolution.
+                 bool one_phase = use_phases && geo.taps() == 1 && !geo.pad_top && !geo.pad_left && !geo.pad_bottom && !geo.pad_right;
+                 bool direct = one_phase || (geo.pointwise() && (x.ref.buffer == 0 || pixels % lanes == 0));
                  node->source = direct ? Source::planes : Source::taps;
                  if (direct) b.check_planes({source.buffer, source.offset}, geo.channels, source_stride, whole);
                  if (!direct) node->taps = std::make_shared<TapTable>(forward_taps(geo, phases));
@@ -538,4 +540,45 @@ PYBIND11_MODULE(_C, m) {
         })
         .def_property_readonly("arena_bytes", [](const PlanBuilder& b) { return b.plan->arena_bytes(); })
         .def("__len__", [](const PlanBuilder& b) { return b.plan->size(); });
+
+    // Two plans' places must agree: every part's view of an arena is checked against that arena's size.
+    struct Parts {
+        std::unique_ptr<PartedPlan> plan;
+        size_t shared;
+    };
+    py::class_<Parts, std::shared_ptr<Parts>>(m, "PartedPlan")
+        .def(py::init([](const std::vector<std::shared_ptr<PlanBuilder>>& parts, std::vector<std::vector<size_t>> ends) {
+                 std::vector<std::shared_ptr<const Plan>> plans;
+                 for (const auto& part : parts) plans.push_back(part->plan);
+                 auto made = std::make_shared<Parts>();
+                 made->plan = std::make_unique<PartedPlan>(std::move(plans), std::move(ends));
+                 made->shared = parts[0]->external_floats.size() - parts.size();
+                 for (const auto& part : parts)
+                     for (size_t i = 0; i < part->external_floats.size(); i++)
+                         if (i < made->shared ? part->external_floats[i] != parts[0]->external_floats[i] : part->external_floats[i] > parts[i - made->shared]->arena_floats)
+                             throw std::invalid_argument("the parts of a parted plan disagree about the size of buffer " + std::to_string(i + 1));
+                 return made;
+             }),
+             py::arg("parts"), py::arg("ends"))
+        .def("run", [](const Parts& p, const std::vector<uintptr_t>& pointers) {
+            if (pointers.size() != p.shared) throw std::invalid_argument("expected " + std::to_string(p.shared) + " addresses, got " + std::to_string(pointers.size()));
+            py::gil_scoped_release release;
+            p.plan->run(reinterpret_cast<float* const*>(pointers.data()));
+        }, py::arg("pointers"))
+        .def("profile", [](const Parts& p, const std::vector<uintptr_t>& pointers) {
+            if (pointers.size() != p.shared) throw std::invalid_argument("wrong number of addresses");
+            py::gil_scoped_release release;
+            return p.plan->profile(reinterpret_cast<float* const*>(pointers.data()));
+        }, py::arg("pointers"))
+        .def_property_readonly("names", [](const Parts& p) {
+            std::vector<std::vector<std::string>> names(p.plan->parts());
+            for (size_t i = 0; i < names.size(); i++)
+                for (size_t n = 0; n < p.plan->part(i).size(); n++) names[i].push_back(p.plan->part(i).node(n).name);
+            return names;
+        })
+        .def_property_readonly("arena_bytes", [](const Parts& p) {
+            int64_t bytes = 0;
+            for (size_t i = 0; i < p.plan->parts(); i++) bytes += p.plan->part(i).arena_bytes();
+            return bytes;
+        });
 }

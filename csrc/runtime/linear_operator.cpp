@@ -17,11 +17,15 @@ int log2_of(int panel) { return panel == 8 ? 3 : panel == 4 ? 2 : panel == 2 ? 1
 const float* data_or_null(const std::shared_ptr<const std::vector<float>>& v) { return v ? v->data() : nullptr; }
 
 // Cuts `total` vectors into tiles of `wanted` or somewhat more, never above `most`, whose sizes differ by at most one: short tiles leave
-// the FMA units idle.
+// the FMA units idle. Several threads get the same number of tiles each where there are enough vectors, so that every layer cuts its pixels
+// between them at the same place.
 struct Tiles {
     int64_t total, count;
-    Tiles(int64_t vectors, int64_t wanted, int64_t most)
-        : total(vectors), count(std::max<int64_t>({1, vectors / std::max<int64_t>(1, std::min(wanted, most)), ceil_div(vectors, most)})) {}
+    Tiles(int64_t vectors, int64_t wanted, int64_t most, int threads)
+        : total(vectors), count(std::max<int64_t>({1, vectors / std::max<int64_t>(1, std::min(wanted, most)), ceil_div(vectors, most)})) {
+        int64_t even = ceil_div(count, threads) * threads;
+        if (even <= total) count = even;
+    }
     int64_t begin(int64_t i) const { return total * i / count; }
 };
 
@@ -69,9 +73,9 @@ void ConvGeometry::check() const {
 PhaseLayout phase_layout(const ConvGeometry& g) {
     PhaseLayout layout;
     int64_t out_h = g.out_height(), out_w = g.out_width();
-    layout.needed = !(g.stride_h == 1 && g.stride_w == 1 && out_h == g.height && out_w == g.width);
+    // Rows of one width: every tap is then a shift of the whole plane already (of one image's, where the heights differ).
+    layout.needed = !(g.stride_h == 1 && g.stride_w == 1 && out_w == g.width && (out_h == g.height || g.batch == 1));
     if (!layout.needed) return layout;
-    layout.grid_h = out_h, layout.grid_w = out_w;
     auto phases_of = [](int64_t kernel, int64_t dilation, int64_t pad, int64_t stride) {
         std::vector<int64_t> used;
         for (int64_t r = 0; r < kernel; r++) {
@@ -83,18 +87,21 @@ PhaseLayout phase_layout(const ConvGeometry& g) {
     };
     layout.phase_y = phases_of(g.kernel_h, g.dilation_h, g.pad_top, g.stride_h);
     layout.phase_x = phases_of(g.kernel_w, g.dilation_w, g.pad_left, g.stride_w);
-    // Every source pixel that an output needs must lie on a grid of the output's size.
-    auto fits = [](int64_t kernel, int64_t dilation, int64_t pad, int64_t stride, int64_t size, int64_t out) {
+    // Rows (or columns) of a phase that outputs read.
+    auto reach = [](int64_t kernel, int64_t dilation, int64_t pad, int64_t stride, int64_t size, int64_t out) {
+        int64_t most = out;
         for (int64_t r = 0; r < kernel; r++) {
             int64_t shift = r * dilation - pad, q = floor_div(shift, stride), phase = shift - q * stride;
             int64_t existing = size > phase ? ceil_div(size - phase, stride) : 0;
-            if (std::min(existing, out + q) > out) return false;
+            most = std::max(most, std::min(existing, out + q));
         }
-        return true;
+        return most;
     };
-    layout.possible = fits(g.kernel_h, g.dilation_h, g.pad_top, g.stride_h, g.height, out_h) &&
-                      fits(g.kernel_w, g.dilation_w, g.pad_left, g.stride_w, g.width, out_w);
-    layout.plane_stride = padded_pixels(g.batch * out_h * out_w);
+    // A phase must have the output's width, so that its rows follow each other as the output's do, and in a batch its height too.
+    layout.grid_h = reach(g.kernel_h, g.dilation_h, g.pad_top, g.stride_h, g.height, out_h);
+    layout.grid_w = reach(g.kernel_w, g.dilation_w, g.pad_left, g.stride_w, g.width, out_w);
+    layout.possible = layout.grid_w == out_w && (layout.grid_h == out_h || g.batch == 1);
+    layout.plane_stride = padded_pixels(g.batch * layout.grid_h * layout.grid_w);
     return layout;
 }
 
@@ -220,7 +227,7 @@ void SpmmNode::run(Context& context) const {
     const PanelMatrix& w = *weight;
     const int lanes = k.lanes, log = log2_of(w.options.panel);
     const SpmmKernel* table = w.options.dense ? k.dense[log] : k.sparse[log];
-    Tiles tiles(ceil_div(pixels, lanes), vectors, k.max_vectors[log]);
+    Tiles tiles(ceil_div(pixels, lanes), vectors, k.max_vectors[log], context.threads);
     if (pixels == 0 || w.rows == 0) return;
     const TileSource tile_source{k, source, context.at(x), x_stride, taps.get(), pixels};
     const float* bias_data = has_bias_ref ? context.at(bias_ref) : data_or_null(bias);
@@ -231,7 +238,8 @@ void SpmmNode::run(Context& context) const {
     const int64_t blocks = w.row_blocks;
 
     parallel_for(tiles.count * blocks, context.threads, [&](int64_t item, int slot) {
-        int64_t tile = item % tiles.count, block = item / tiles.count;
+        // Tiles outermost: a thread's share is then a range of pixels, the same one in every layer.
+        int64_t tile = item / blocks, block = item % blocks;
         int64_t v0 = tiles.begin(tile);
         int tile_vectors = static_cast<int>(tiles.begin(tile + 1) - v0), width = tile_vectors * lanes;
         int64_t pixel0 = v0 * lanes, row0 = block * block_rows, rows = std::min(block_rows, w.rows - row0);
@@ -370,7 +378,7 @@ void SampledNode::run(Context& context) const {
     const TileSource tile_source{k, source, context.at(x), x_stride, taps.get(), pixels};
     const float* gradient = context.at(dy);
     constexpr int kPart = 256, kVectors = 8;
-    Tiles tiles(ceil_div(pixels, lanes), kVectors, kVectors);
+    Tiles tiles(ceil_div(pixels, lanes), kVectors, kVectors, 1);
     // A fixed number of partial sums, added in a fixed order: the result does not depend on the number of threads.
     int64_t chunks = std::min<int64_t>(tiles.count, 8);
     std::vector<float> partial(size_t(chunks) * nnz, 0.0f);

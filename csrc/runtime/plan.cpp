@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <limits>
+#include <stdexcept>
 
 namespace sparse_engine {
 
@@ -74,6 +75,53 @@ std::vector<double> Plan::time_node(size_t i, float* const* pointers, int thread
         seconds.push_back(std::chrono::duration<double>(Clock::now() - before).count());
     }
     release(std::move(context));
+    return seconds;
+}
+
+PartedPlan::PartedPlan(std::vector<std::shared_ptr<const Plan>> parts, std::vector<std::vector<size_t>> ends)
+    : parts_(std::move(parts)), ends_(std::move(ends)) {
+    if (parts_.empty() || parts_.size() > kMaxThreads || ends_.size() != parts_.size())
+        throw std::invalid_argument("a parted plan needs at least one part, and the ends of its stages for each");
+    for (size_t p = 0; p < parts_.size(); p++) {
+        size_t before = 0;
+        for (size_t end : ends_[p]) {
+            if (end < before) throw std::invalid_argument("the ends of a part's stages descend");
+            before = end;
+        }
+        if (before != parts_[p]->size() || ends_[p].size() != ends_[0].size() || parts_[p]->externals() != parts_[0]->externals() ||
+            parts_[p]->externals() < static_cast<int>(parts_.size()))
+            throw std::invalid_argument("the parts of a parted plan do not fit together");
+    }
+}
+
+template <class RunNode>
+void PartedPlan::run_stages(float* const* pointers, const RunNode& run_node) const {
+    const size_t count = parts_.size(), shared = static_cast<size_t>(parts_[0]->externals()) - count;
+    std::vector<std::unique_ptr<Context>> contexts;
+    std::vector<float*> buffers(pointers, pointers + shared);
+    for (const auto& part : parts_) contexts.push_back(part->acquire(nullptr, 1));
+    for (const auto& context : contexts) buffers.push_back(context->arena.as<float>());
+    for (const auto& context : contexts) context->external = buffers.data();
+    for (size_t stage = 0; stage < ends_[0].size(); stage++)
+        parallel_for(static_cast<int64_t>(count), static_cast<int>(count), [&](int64_t p, int) {
+            for (size_t i = stage ? ends_[p][stage - 1] : 0; i < ends_[p][stage]; i++) run_node(static_cast<size_t>(p), i, *contexts[p]);
+        });
+    for (size_t p = 0; p < count; p++) parts_[p]->release(std::move(contexts[p]));
+}
+
+void PartedPlan::run(float* const* pointers) const {
+    run_stages(pointers, [&](size_t p, size_t i, Context& context) { parts_[p]->nodes_[i]->run(context); });
+}
+
+std::vector<std::vector<double>> PartedPlan::profile(float* const* pointers) const {
+    using Clock = std::chrono::steady_clock;
+    std::vector<std::vector<double>> seconds;
+    for (const auto& part : parts_) seconds.emplace_back(part->size());
+    run_stages(pointers, [&](size_t p, size_t i, Context& context) {
+        auto before = Clock::now();
+        parts_[p]->nodes_[i]->run(context);
+        seconds[p][i] = std::chrono::duration<double>(Clock::now() - before).count();
+    });
     return seconds;
 }
 

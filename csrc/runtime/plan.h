@@ -91,6 +91,7 @@ class Plan {
     std::vector<double> time_node(size_t i, float* const* pointers, int threads, int times) const;
 
   private:
+    friend class PartedPlan;
     // Kernels read whole vectors: room for one past the end.
     static constexpr int64_t kSlack = 64;
     std::unique_ptr<Context> acquire(float* const* pointers, int threads) const;
@@ -101,6 +102,29 @@ class Plan {
     int externals_;
     mutable std::mutex mutex_;
     mutable std::vector<std::unique_ptr<Context>> idle_;
+};
+
+// Plans that work on one part of the image each, in step: part p runs its nodes [ends[p][s-1], ends[p][s]) in stage s, and no part enters a
+// stage before all have left the one before. Each part's thread keeps to its own arena, so hardly a cache line ever changes hands; what a
+// part needs of its neighbours (the rows next to its own) it copies from their arenas at the beginning of a stage. The arenas are the last
+// external buffers of every part, in the order of the parts.
+class PartedPlan {
+  public:
+    // Throws std::invalid_argument unless every part has the same number of stages and its ends ascend to its number of nodes.
+    PartedPlan(std::vector<std::shared_ptr<const Plan>> parts, std::vector<std::vector<size_t>> ends);
+    // pointers: the external buffers but for the arenas.
+    void run(float* const* pointers) const;
+    // The same, timed: seconds of each node of each part.
+    std::vector<std::vector<double>> profile(float* const* pointers) const;
+    const Plan& part(size_t i) const { return *parts_[i]; }
+    size_t parts() const { return parts_.size(); }
+
+  private:
+    template <class RunNode>
+    void run_stages(float* const* pointers, const RunNode& run_node) const;
+
+    std::vector<std::shared_ptr<const Plan>> parts_;
+    std::vector<std::vector<size_t>> ends_;
 };
 
 }  // namespace sparse_engine

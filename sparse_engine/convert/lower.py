@@ -49,6 +49,12 @@ def compile(graph: Graph, batch: int, threads: int | None = None, choices: Any =
         ConvertError: the graph computes in another dtype than float32.
     """
     cores = threads or _C.get_num_threads()
+    if batch == 1 and cores > 1:
+        from sparse_engine.convert.parts import compile_parts
+
+        parted = compile_parts(graph, cores, choices)
+        if parted is not None:
+            return parted
     share = _share(graph, batch, choices, cores)
     count = batch // share if share else 1
     # Several passes run one per thread, a single one on all threads.
@@ -203,11 +209,22 @@ def default_choice(problem: LinearProblem, threads: int = 0) -> LinearChoice:
     return choice
 
 
+def tile_count(pixels: int, vectors: int, threads: int) -> int:
+    """Tiles that the native operator cuts its pixels into, but for the limit that registers set on their size."""
+    total = -(-pixels // LANES)
+    count = max(1, total // vectors)
+    even = -(-count // threads) * threads
+    return even if even <= total else count
+
+
 def default_row_block(problem: LinearProblem, choice: LinearChoice, threads: int = 0) -> int:
-    """Rows per item so that there is enough to hand out dynamically when the pixels alone make too few tiles."""
+    """Rows per item so that there is enough to hand out dynamically when the pixels alone make too few tiles.
+
+    A layer that copies its input into tiles does so for every row block again: it gets fewer of them.
+    """
     threads = threads or _C.get_num_threads()
-    tiles = -(-problem.pixels // (LANES * choice.vectors))
-    wanted = 4 * threads
+    tiles = tile_count(problem.pixels, choice.vectors, threads)
+    wanted = 4 * threads if problem.pointwise else threads
     if threads == 1 or tiles >= wanted:
         return 0
     blocks = -(-wanted // tiles)

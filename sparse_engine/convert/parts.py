@@ -1,0 +1,366 @@
+"""One image on several threads: each works on its own rows from layer to layer, in memory of its own.
+
+The threads of an ordinary plan share every value. Where they sit on cores that do not share a cache, half of what a
+layer reads was written by another core, and two threads are hardly faster than one. Here the image is cut into bands of
+rows, one per thread, and each band is lowered by itself: a plan with an arena of its own. A convolution needs a few
+rows of the neighbouring bands (its *halo*); it copies them once, and only there do the threads wait for each other.
+
+    part 0   conv1 ─ pool ─ 1×1 ─┐ halo ┌─ 3×3 ─ 1×1 ─ …         ┐
+                                 │      │                        ├─ tail: pooling to one value, classifier
+    part 1   conv1 ─ pool ─ 1×1 ─┘ halo └─ 3×3 ─ 1×1 ─ …         ┘
+
+From the first node on that needs whole images at once, an ordinary plan (the *tail*) takes over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from sparse_engine import _C
+from sparse_engine.convert.graph import Graph, Node, shape_at
+from sparse_engine.convert.lower import _ALIGN, NativePlan, _contiguous_strides, _Lowering, _Place, _Storage
+
+_ROWS = 3  # a part keeps at least so many rows of every value, or the halos outweigh the work
+_WORTH = 0.75  # of the graph's multiplications must be in layers that can be cut
+_WINDOWS = ("conv2d", "max_pool2d", "avg_pool2d")
+_POINTWISE = ("unary", "binary", "affine")
+
+
+@dataclass
+class Cut:
+    """Where a graph is cut.
+
+    Args:
+        nodes: how many of the graph's nodes, from the first, run in parts.
+        needs: by value and part, the rows [first, last) that the part's consumers read.
+        passed: the values that the rest of the graph reads.
+    """
+
+    nodes: int
+    needs: dict[str, list[tuple[int, int]]]
+    passed: list[str]
+
+
+def rows_of(height: int, part: int, parts: int) -> tuple[int, int]:
+    """The rows [first, last) of a value of `height` rows that one part of `parts` makes."""
+    return round(height * part / parts), round(height * (part + 1) / parts)
+
+
+def window(node: Node, first: int, last: int, height: int) -> tuple[int, int, int, int]:
+    """The input rows [low, high) behind output rows [first, last), and the padding rows above and below them."""
+    stride, dilation = node.attrs["stride"][0], node.attrs.get("dilation", (1, 1))[0]
+    kernel = node.attrs["kernel"][0]
+    low = first * stride - node.attrs["padding"][0]
+    high = (last - 1) * stride - node.attrs["padding"][0] + dilation * (kernel - 1) + 1
+    return max(low, 0), min(high, height), max(-low, 0), max(high - height, 0)
+
+
+def _with_kernel(graph: Graph, node: Node) -> Node:
+    """The node with its kernel's size among the attributes, which convolutions have in their weight's shape."""
+    if node.op != "conv2d":
+        return node
+    return replace(node, attrs={**node.attrs, "kernel": tuple(graph.constants[node.params["weight"]].shape[2:])})
+
+
+def find_cut(graph: Graph, parts: int) -> Cut | None:
+    """Where to cut the graph for one image on `parts` threads, or None where that does not pay.
+
+    Example::
+
+        find_cut(capture(resnet50, (x,)).graph, 2).nodes      # all but the last pooling and the classifier
+
+    Args:
+        graph: optimised, computing in float32.
+        parts: the number of bands.
+    """
+    shapes = {name: shape_at(value.shape, 1) for name, value in graph.values.items()}
+    body: set[str] = {
+        name
+        for name in graph.inputs
+        if len(shapes[name]) == 4 and shapes[name][0] == 1 and graph.values[name].dtype == "float32"
+    }
+    needs: dict[str, list[tuple[int, int]]] = {}
+    work, count, cut_work = 0, 0, 0
+    for index, node in enumerate(graph.nodes):
+        if node.op in ("conv2d", "linear"):
+            work += _multiplications(graph, node, shapes)
+        if count < index or not _can_be_cut(graph, node, body, shapes, parts):
+            continue
+        body.add(node.output)
+        count, cut_work = index + 1, work
+        for name in node.inputs:
+            for part in range(parts):
+                low, high = _rows_read(graph, node, name, shapes, part, parts)
+                ranges = needs.setdefault(name, [(1 << 60, 0)] * parts)
+                ranges[part] = (min(ranges[part][0], low), max(ranges[part][1], high))
+    if not count or cut_work < _WORTH * work:
+        return None
+    produced = {node.output for node in graph.nodes[:count]}
+    rest = {name for node in graph.nodes[count:] for name in node.inputs} | set(graph.outputs)
+    return Cut(count, needs, [node.output for node in graph.nodes[:count] if node.output in rest & produced])
+
+
+def _multiplications(graph: Graph, node: Node, shapes: dict[str, tuple[int, ...]]) -> int:
+    kept = int(torch.count_nonzero(graph.constants[node.params["weight"]]))
+    sizes = shapes[node.output]
+    return kept * (sizes[2] * sizes[3] if node.op == "conv2d" else math.prod(sizes[:-1]))
+
+
+def _rows_read(
+    graph: Graph, node: Node, name: str, shapes: dict[str, tuple[int, ...]], part: int, parts: int
+) -> tuple[int, int]:
+    first, last = rows_of(shapes[node.output][2], part, parts)
+    if node.op in _WINDOWS and name == node.inputs[0]:
+        return window(_with_kernel(graph, node), first, last, shapes[name][2])[:2]
+    return first, last
+
+
+def _can_be_cut(graph: Graph, node: Node, body: set[str], shapes: dict[str, tuple[int, ...]], parts: int) -> bool:
+    if node.op not in _WINDOWS + _POINTWISE or len(node.outputs) != 1 or not set(node.inputs) <= body:
+        return False
+    sizes = shapes[node.output]
+    if len(sizes) != 4 or sizes[0] != 1 or sizes[2] < _ROWS * parts or math.prod(sizes) == 0:
+        return False
+    if graph.values[node.output].dtype != "float32":
+        return False
+    if node.op == "affine" and node.attrs["axis"] % 4 != 1:
+        return False
+    residuals = node.inputs[1:] if node.op in _WINDOWS else node.inputs
+    if any(shapes[name] != sizes or name in graph.inputs for name in residuals):
+        return False
+    if node.op in _WINDOWS:
+        for part in range(parts):
+            low, high = _rows_read(graph, node, node.inputs[0], shapes, part, parts)
+            if high <= low:
+                return False
+    return True
+
+
+class _PartLowering(_Lowering):
+    """Lowers one band of rows of the nodes before the cut."""
+
+    def __init__(self, graph: Graph, choices: Any, cut: Cut, part: int, parts: int) -> None:
+        super().__init__(graph, 1, choices, 1)
+        self.cut, self.part, self.parts = cut, part, parts
+        self.made: set[str] = set()
+        self.making = ""
+        self.halos: dict[str, tuple[int, int]] = {}  # by value: rows of room above and below its own
+        self.exchanged: set[str] = set()
+        self.held: list[str] = []
+        self.marks: list[int] = []  # the step that each stage after the first begins with
+        self.others: list[_PartLowering] = []  # all parts, this one included
+
+    # -- places
+
+    def height(self, name: str) -> int:
+        return super().shape(name)[2]
+
+    def own(self, name: str, part: int | None = None) -> tuple[int, int]:
+        return rows_of(self.height(name), self.part if part is None else part, self.parts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        sizes = super().shape(name)
+        first, last = self.own(name)
+        return (sizes[0], sizes[1], last - first, sizes[3])
+
+    def new(self, sizes: Sequence[int], outer: Sequence[int] | None = None) -> _Place:
+        """A value's own rows start on a cache line; the rows of its neighbours lie around them."""
+        name = self.making
+        if name in self.made or tuple(sizes) != self.shape(name):
+            return super().new(sizes, outer)
+        self.made.add(name)
+        _, channels, rows, width = sizes
+        first, last = self.own(name)
+        low, high = self.cut.needs.get(name, [(first, last)] * self.parts)[self.part]
+        above, below = max(0, first - low), max(0, high - last)
+        self.halos[name] = (above, below)
+        lead = -(-above * width // _ALIGN) * _ALIGN
+        pitch = _C.padded_pixels(lead + (rows + below) * width)
+        strides = (channels * pitch, pitch, width, 1)
+        return _Place(_Storage(channels * pitch), lead, (1, channels, rows, width), strides)
+
+    def like(self, reference: _Place, sizes: Sequence[int]) -> _Place:
+        return self.new(sizes, [1])
+
+    def rows(self, name: str, low: int, high: int) -> _Place:
+        """The rows [low, high) of a value, which are its own or its halo."""
+        place = self.places[name]
+        first = 0 if name in self.graph.inputs else self.own(name)[0]
+        sizes = (place.sizes[0], place.sizes[1], high - low, place.sizes[3])
+        return place.with_view(sizes, place.strides, (low - first) * place.strides[2])
+
+    # -- nodes
+
+    def op_conv2d(self, node: Node) -> None:
+        self._on_window(node, super().op_conv2d)
+
+    def _pool(self, node: Node, maximum: bool) -> None:
+        self._on_window(node, lambda changed: super(_PartLowering, self)._pool(changed, maximum))
+
+    def _on_window(self, node: Node, lower: Any) -> None:
+        name = node.inputs[0]
+        first, last = self.own(node.output)
+        low, high, above, below = window(_with_kernel(self.graph, node), first, last, self.height(name))
+        top, left, bottom, right = node.attrs["padding"]
+        if node.op == "avg_pool2d":  # its divisor depends on how far the padding goes, not on how far windows reach
+            below = bottom if last == self.height(node.output) else 0
+        whole = self.places[name]
+        self.places[name] = self.rows(name, low, high)
+        lower(replace(node, attrs={**node.attrs, "padding": (above, left, below, right)}))
+        self.places[name] = whole
+
+    # -- stages
+
+    def emit_steps(self) -> None:
+        graph = self.graph
+        for index, name in enumerate(graph.inputs):
+            sizes = super().shape(name)
+            storage = _Storage(max(1, math.prod(sizes)), index + 1)
+            self.places[name] = _Place(storage, 0, sizes, tuple(_contiguous_strides(sizes)))
+        for node in graph.nodes:
+            wanted = [name for name in node.inputs if self._is_exchanged(name)]
+            if wanted:
+                self._begin_stage(wanted)
+            self.making = node.output
+            getattr(self, f"op_{node.op}")(node)
+        for index, name in enumerate(graph.outputs):
+            sizes = super().shape(name)
+            storage = _Storage(max(1, math.prod(sizes)), len(graph.inputs) + index + 1)
+            full = _Place(storage, 0, sizes, tuple(_contiguous_strides(sizes)))
+            first, _ = self.own(name)
+            self.copy(self.places[name], full.with_view(self.shape(name), full.strides, first * sizes[3]), f"out.{name}")
+        self._hold()
+        self.arena = self._memory_plan()
+
+    def _is_exchanged(self, name: str) -> bool:
+        """Whether some part reads rows of a value that are not its own, and has not got them yet."""
+        if name in self.graph.inputs or name in self.exchanged:
+            return False
+        for part, (low, high) in enumerate(self.cut.needs[name]):
+            first, last = self.own(name, part)
+            if low < first or high > last:
+                return True
+        return False
+
+    def _begin_stage(self, names: list[str]) -> None:
+        self._hold()
+        self.marks.append(len(self.steps))
+        for name in names:
+            self.exchanged.add(name)
+            self.step(lambda plan, name=name: self._emit_exchange(plan, name), [self.places[name]])
+        self.held = names
+
+    def _hold(self) -> None:
+        """Neighbours read a value until the stage ends: its memory must last so long."""
+        if self.held:
+            self.step(lambda plan: None, [self.places[name] for name in self.held])
+        self.held = []
+
+    def _emit_exchange(self, plan: Any, name: str) -> None:
+        first, last = self.own(name)
+        low, high = self.cut.needs[name][self.part]
+        arenas = self.constants_buffer + 1
+        for other in self.others:
+            theirs = self.own(name, other.part)
+            for low_row, high_row in ((low, min(first, high)), (max(last, low), high)):
+                begin, end = max(low_row, theirs[0]), min(high_row, theirs[1])
+                if other is self or end <= begin:
+                    continue
+                source = other.rows(name, begin, end)
+                _, offset = source.at()
+                view = (arenas + other.part, offset, list(source.sizes), list(source.strides))
+                plan.copy(f"{name}.halo", view, self.rows(name, begin, end).view())
+
+    def build(self) -> tuple[Any, list[int]]:
+        """The native plan of this part, and where its stages end."""
+        graph = self.graph
+        outside = graph.inputs + graph.outputs
+        floats = [math.prod(super(_PartLowering, self).shape(name)) for name in outside] + [self.constant_floats]
+        plan = _C.Plan(self.arena, [max(1, n) for n in floats] + [lowering.arena for lowering in self.others])
+        ends = []
+        for index, step in enumerate(self.steps):
+            if index in self.marks:
+                ends.append(len(plan))
+            step.emit(plan)
+        return plan, [*ends, len(plan)]
+
+
+def compile_parts(graph: Graph, threads: int, choices: Any = None) -> PartedPlan | None:
+    """A plan for one image on `threads` threads, or None where the graph has too little that can be cut.
+
+    Example::
+
+        plan = compile_parts(graph, 2)
+        (y,) = plan.run([x])
+
+    Args:
+        graph: optimised, computing in float32.
+        threads: how many bands, one per thread.
+        choices: kernel choices by node name, as `choose` returns them.
+    """
+    if threads < 2 or any(graph.values[name].dtype != "float32" for name in graph.inputs + graph.outputs):
+        return None
+    cut = find_cut(graph, threads)
+    if cut is None:
+        return None
+    body = replace(graph, outputs=cut.passed, nodes=graph.nodes[: cut.nodes])
+    rest = graph.nodes[cut.nodes :]
+    also = [name for name in graph.inputs if any(name in node.inputs for node in rest) or name in graph.outputs]
+    tail = replace(graph, inputs=cut.passed + also, nodes=rest)
+    for piece in (body, tail):  # packed weights are shared with the plans for other batch sizes
+        piece.__dict__["_native_weights"] = graph.__dict__.setdefault("_native_weights", {})
+    lowerings = [_PartLowering(body, choices, cut, part, threads) for part in range(threads)]
+    for lowering in lowerings:
+        lowering.others = lowerings
+        lowering.emit_steps()
+    built = [lowering.build() for lowering in lowerings]
+    native = _C.PartedPlan([plan for plan, _ in built], [ends for _, ends in built])
+    shapes = [shape_at(graph.values[name].shape, 1) for name in cut.passed]
+    return PartedPlan(native, graph.inputs, also, shapes, _Lowering(tail, 1, choices, threads).finish(threads))
+
+
+class PartedPlan:
+    """One image in bands of rows, one per thread; `run` may be called from several threads at once."""
+
+    def __init__(
+        self, parts: Any, inputs: list[str], also: list[str], shapes: list[tuple[int, ...]], tail: NativePlan
+    ) -> None:
+        self._parts = parts
+        self._also = [inputs.index(name) for name in also]
+        self._shapes = shapes
+        self._tail = tail
+        self._constants = numpy.zeros(1, dtype=numpy.float32)  # no node before the cut has any
+
+    def run(self, inputs: list[Tensor]) -> list[Tensor]:
+        """One contiguous tensor per graph input in, one new tensor per graph output out."""
+        passed = [torch.empty(shape) for shape in self._shapes]
+        self._parts.run(self._addresses(inputs, passed))
+        return self._tail.run(passed + [inputs[index] for index in self._also])
+
+    def profile(self, inputs: list[Tensor]) -> list[tuple[str, float]]:
+        """Seconds per native node of one run, in order; of a node that several parts run, the longest."""
+        passed = [torch.empty(shape) for shape in self._shapes]
+        seconds = self._parts.profile(self._addresses(inputs, passed))
+        longest: dict[str, float] = {}
+        for names, times in zip(self._parts.names, seconds, strict=True):
+            of_part: dict[str, float] = {}
+            for name, time in zip(names, times, strict=True):
+                of_part[name] = of_part.get(name, 0.0) + time
+            for name, time in of_part.items():
+                longest[name] = max(longest.get(name, 0.0), time)
+        return list(longest.items()) + self._tail.profile(passed + [inputs[index] for index in self._also])
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of working memory of one call, all threads together."""
+        return self._parts.arena_bytes + self._tail.arena_bytes
+
+    def _addresses(self, inputs: list[Tensor], passed: list[Tensor]) -> list[int]:
+        return [tensor.data_ptr() for tensor in inputs + passed] + [self._constants.ctypes.data]
