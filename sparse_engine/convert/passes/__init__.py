@@ -13,6 +13,7 @@ from sparse_engine.convert.graph import Graph
 from sparse_engine.convert.passes.dead_channels import remove_dead_channels
 from sparse_engine.convert.passes.fold_affine import fold_affine
 from sparse_engine.convert.passes.fuse import fuse
+from sparse_engine.convert.passes.order_channels import order_channels
 from sparse_engine.convert.passes.recognise import recognise
 from sparse_engine.convert.passes.simplify import fold_constants, share_repeated, simplify
 
@@ -21,6 +22,7 @@ __all__ = [
     "fold_constants",
     "fuse",
     "optimise",
+    "order_channels",
     "recognise",
     "remove_dead_channels",
     "share_repeated",
@@ -38,6 +40,7 @@ _GROUPS: tuple[dict[str, Callable[[Graph], int]], ...] = (
         "dead channels": remove_dead_channels,
     },
     {"residuals and activations fused": fuse, "neutral nodes": simplify, "repeated nodes": share_repeated},
+    {"channels ordered": order_channels},
 )
 
 
