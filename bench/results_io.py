@@ -86,12 +86,13 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """The command that is running, as one would type it in the repository."""
+    """The command that is running, as one would type it in the repository; of absolute paths only the last part."""
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    given = [f"DIR/{Path(word).name}" if os.path.isabs(word) else word for word in sys.argv[1:]]
     if module is not None and module.name:
         name = module.name.removesuffix(".__main__")
-        return shlex.join(["python", "-m", name, *sys.argv[1:]])
-    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+        return shlex.join(["python", "-m", name, *given])
+    return shlex.join(["python", os.path.relpath(sys.argv[0]), *given])
 
 
 def write(
@@ -131,11 +132,17 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-        json.dump(result, file, indent=1, ensure_ascii=False)
-        file.write("\n")
+        file.write(_text(result))
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
     return path
+
+
+def _text(result: Mapping[str, Any]) -> str:
+    """JSON with a line for each row, so that a row that changes is a line that changes."""
+    head = json.dumps({**result, "rows": []}, indent=1, ensure_ascii=False)
+    rows = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in result["rows"])
+    return head.replace('"rows": []', f'"rows": [\n{rows}\n ]' if rows else '"rows": []') + "\n"
 
 
 def read(name: str, folder: Path = RESULTS) -> dict[str, Any]:

@@ -1,0 +1,237 @@
+"""Channel pruning in executables: a compacted network against its dense one, and layers that keep lists of channels.
+
+    python -m bench.structured networks        half of every group's channels gone, compacted
+    python -m bench.structured lists           a convolution of which half the inputs or outputs are zero
+
+Write bench/results/structured.json and structured_lists.json; without a word, both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+import sparse_engine as se
+from bench import results_io
+from bench.engines import contenders, disturbed, take_turns
+from bench.networks import IMAGE, pruned_network
+from bench.rows import merged
+from sparse_engine.convert.choose import _TILES, _bench_plan, _time_interleaved
+from sparse_engine.convert.lower import PANEL_VECTORS, LinearChoice, LinearProblem, default_row_block
+from sparse_engine.prune.structured import analyse, capture, channel_scores, find_groups, zero_units_
+from sparse_engine.prune.structured.compaction import adaptable
+
+WORK = results_io.RESULTS.parent.parent / "build" / "bench" / "structured"
+NETWORKS = ("resnet50", "resnet18", "mobilenet_v2")
+
+# Runs where this project cannot be imported: what a compacted model needs is its own code and PyTorch.
+PLAIN = """
+import sys
+sys.modules["sparse_engine"] = None
+import torch
+program = torch.export.load(sys.argv[1]).module()
+x, y = torch.load(sys.argv[2])
+with torch.no_grad():
+    print(float((program(x) - y).abs().max() / y.abs().max()))
+"""
+
+
+def halve_(model: nn.Module, x: torch.Tensor) -> None:
+    """Zero the half of every group's channels that has the smaller filters."""
+    analysis = analyse(capture(model, x))
+    groups, _, _ = adaptable(analysis, model, find_groups(analysis), x)
+    gone = []
+    for values in channel_scores(model, groups, "l1"):
+        vector = numpy.zeros(len(values), dtype=bool)
+        vector[torch.argsort(values, stable=True)[: len(values) // 2].numpy()] = True
+        gone.append(vector)
+    zero_units_(model, groups, gone)
+
+
+@torch.no_grad()
+def run_networks(names: list[str], batches: list[int], threads: int, rounds: int) -> None:
+    """Dense and compacted network, each as an executable and in PyTorch, in turns."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name in names:
+        model = pruned_network(name, sparsity=0)
+        x = torch.randn(1, *IMAGE, generator=torch.Generator().manual_seed(0))
+        files = {"dense": WORK / f"{name}_dense.spx", "dense_torch": WORK / f"{name}_dense.pt2"}
+        dense_parameters = sum(parameter.numel() for parameter in model.parameters())
+        _export(model, files["dense_torch"])
+        halve_(model, x)
+        masked = model(x)
+        small = se.compact(model, x).eval()
+        files |= {"compact": WORK / f"{name}_compact.spx", "compact_torch": WORK / f"{name}_compact.pt2"}
+        _export(small, files["compact_torch"])
+        torch.save((x, masked), WORK / f"{name}_outputs.pt")
+        plain = _in_plain_pytorch(files["compact_torch"], WORK / f"{name}_outputs.pt")
+        for batch in batches:
+            inputs = torch.randn(batch, *IMAGE, generator=torch.Generator().manual_seed(0))
+            se.convert(pruned_network(name, sparsity=0), (inputs,), threads=threads).save(files["dense"])
+            executable = se.convert(small, (inputs,), threads=threads)
+            executable.save(files["compact"])
+            difference = float((executable(x) - masked).abs().max() / masked.abs().max()) if batch == 1 else None
+            wanted = {
+                label: ("torch" if label.endswith("torch") else "sparse_engine", file, sys.executable)
+                for label, file in files.items()
+            }
+            with contenders(wanted, batch=batch, threads=threads) as ready:
+                times = take_turns(ready, rounds=rounds)
+            if said := disturbed(times):
+                print(f"{name}, batch {batch}: left out, the machine is busy ({said})")
+                continue
+            ms = {label: summary["median_ms"] for label, summary in times.items()}
+            rows.append({
+                "network": name, "batch": batch, "threads": threads,
+                "parameters_left_%": 100 * sum(p.numel() for p in small.parameters()) / dense_parameters,
+                "flops_left_%": 100 * _flops(small, x) / _flops(model, x),
+                "dense_ms": ms["dense"], "compact_ms": ms["compact"], "speed_up": ms["dense"] / ms["compact"],
+                "dense_torch_ms": ms["dense_torch"], "compact_torch_ms": ms["compact_torch"],
+                "speed_up_torch": ms["dense_torch"] / ms["compact_torch"],
+                "difference_executable": difference, "difference_plain_torch": plain,
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    if rows:
+        results_io.write(
+            "structured",
+            rows=merged("structured", rows, ["network", "batch", "threads"]),
+            claim="Half of every group's channels removed: the compacted network against the dense one, fp32.",
+            notes=(
+                "Random weights; dense and compacted run as executables and in PyTorch (channels last), each in a "
+                "process of its own, in turns; ms per call. Differences are from the masked model's outputs, relative "
+                "to their scale; the one in plain PyTorch is measured where this project cannot be imported."
+            ),
+        )
+
+
+def _export(model: nn.Module, path: Path) -> None:
+    """Save a program for PyTorch alone, for any batch size."""
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    torch.export.save(torch.export.export(model, (torch.zeros(2, *IMAGE),), dynamic_shapes=({0: batch},)), path)
+
+
+def _in_plain_pytorch(program: Path, outputs: Path) -> float:
+    """The largest difference of a saved program's outputs, in a process without this project."""
+    done = subprocess.run([sys.executable, "-c", PLAIN, str(program), str(outputs)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"the compacted network does not run in plain PyTorch: {done.stderr.strip()[-500:]}")
+    return float(done.stdout)
+
+
+def _flops(model: nn.Module, x: torch.Tensor) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops()
+
+
+# ---- lists of channels
+
+# rows, columns, kernel side, pixels along a side: layers of ResNet-18 and -50 that end in a residual sum, or begin one
+LAYERS = (
+    (64, 64, 3, 56),
+    (128, 128, 3, 28),
+    (256, 256, 3, 14),
+    (256, 64, 1, 56),
+    (1024, 256, 1, 14),
+    (256, 1024, 1, 14),
+)
+_LISTS = tuple(("sparse", panel) for panel in (8, 4))
+_DENSE = tuple(("dense", panel) for panel in (8, 4))
+
+
+def run_lists(threads: int, repeats: int) -> None:
+    """Half of the inputs or of the outputs gone: cut out, in lists, and in lists whose rows lie in no order."""
+    rows = []
+    random = numpy.random.default_rng(0)
+    for m, c, k, side in LAYERS:
+        weight = random.standard_normal((m, c, k * k)).astype("float32")
+        inputs, outputs = random.permutation(c)[: c // 2], random.permutation(m)[: m // 2]
+        some_inputs, some_outputs, together = (numpy.zeros_like(weight) for _ in range(3))
+        some_inputs[:, inputs] = weight[:, inputs]
+        some_outputs[outputs] = weight[outputs]
+        together[: m // 2] = weight[outputs]
+        cases = {
+            "dense_us": (weight, _DENSE),
+            "inputs_cut_us": (weight[:, inputs], _DENSE),
+            "inputs_listed_us": (some_inputs, _LISTS),
+            "outputs_cut_us": (weight[outputs], _DENSE),
+            "outputs_listed_us": (together, _LISTS),
+            "outputs_unordered_us": (some_outputs, (*_LISTS, ("sparse", 2), ("sparse", 1))),
+        }
+        plans = []
+        for label, (values, kernels) in cases.items():
+            problem = _problem(values, k, side)
+            plans += [
+                (label, _bench_plan(problem, choice, residual=False)) for choice in _choices(problem, kernels, threads)
+            ]
+        times: dict[str, list[float]] = {label: [] for label in cases}
+        for _ in range(repeats):
+            seconds = _time_interleaved([plan for _, plan in plans], threads)
+            for label in cases:
+                times[label].append(min(s for (own, _), s in zip(plans, seconds, strict=True) if own == label))
+        best = {label: float(numpy.median(values)) * 1e6 for label, values in times.items()}
+        rows.append({
+            "outputs": m, "inputs": c, "kernel": f"{k}×{k}", "pixels": f"{side}×{side}", "threads": threads, **best,
+            "inputs_listed_vs_cut": best["inputs_listed_us"] / best["inputs_cut_us"],
+            "outputs_listed_vs_cut": best["outputs_listed_us"] / best["outputs_cut_us"],
+        })  # fmt: skip
+        print(rows[-1], flush=True)
+    results_io.write(
+        "structured_lists",
+        rows=rows,
+        claim="A convolution with half of its inputs or outputs zero: cut out, or left in place and listed.",
+        notes=(
+            "Best kernel of each kind, in turns, batch 1. Cut: a smaller dense convolution. Listed: panels of 4 or 8 "
+            "rows that read the kept inputs by index; outputs listed: kept rows lie together, as the pass "
+            "order_channels arranges it, and the zero rows (which a residual sum needs) pass bias and residual on; "
+            "unordered: the same zero rows where they were."
+        ),
+    )
+
+
+def _problem(weight: numpy.ndarray, kernel: int, side: int) -> LinearProblem:
+    geometry: dict[str, Any] = {
+        "n": 1, "c": weight.shape[1], "h": side, "w": side, "r": kernel, "s": kernel, "stride": (1, 1),
+        "padding": (kernel // 2,) * 4, "dilation": (1, 1),
+    }  # fmt: skip
+    matrix = numpy.ascontiguousarray(weight.reshape(weight.shape[0], -1))
+    return LinearProblem("layer", matrix, weight.shape[0], 1, geometry, side * side)
+
+
+def _choices(problem: LinearProblem, kernels: Any, threads: int) -> list[LinearChoice]:
+    found = []
+    for kernel, panel in kernels:
+        for vectors, part in _TILES[panel] if kernel == "sparse" else ((PANEL_VECTORS[panel], 256),):
+            choice = LinearChoice(kernel, panel, part, 0, vectors)
+            choice.row_block = default_row_block(problem, choice, threads)
+            found.append(choice)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.structured", description=__doc__.splitlines()[0])
+    parser.add_argument("part", nargs="?", choices=("networks", "lists"), help="both where none is named")
+    parser.add_argument("--quick", action="store_true", help="ResNet-50 at batch 1 only, fewer rounds")
+    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    if options.part != "lists":
+        names, batches = (["resnet50"], [1]) if options.quick else (options.network, options.batch)
+        run_networks(names, batches, options.threads, 3 if options.quick else 7)
+    if options.part != "networks":
+        run_lists(options.threads, 1 if options.quick else 3)
+
+
+if __name__ == "__main__":
+    main()
