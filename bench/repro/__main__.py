@@ -9,7 +9,7 @@ import time
 import torch
 
 from . import claims
-from .study import RESULTS, STUDIES, Store, is_core, run_cells
+from .study import STUDIES, Store, is_core, results_of, run_cells
 
 
 def main() -> None:
@@ -31,13 +31,17 @@ def main() -> None:
     if arguments.scale != "digits" and not arguments.data:
         parser.error(f"--scale {arguments.scale} needs --data FOLDER")
     torch.set_num_threads(arguments.threads)
-    store = Store(RESULTS)
+    store = Store(results_of(arguments.scale))
     # the main claims first, all seeds of them; the studies take turns, so that an interrupted run has something of each
     cells = []
     for core in (True, False):
         for seed in arguments.seeds:
             lists = [
-                [(study, cell, seed) for cell in STUDIES[study](arguments.scale) if is_core(cell) == core]
+                [
+                    (study, cell, seed)
+                    for cell in STUDIES[study](arguments.scale)
+                    if is_core(cell, arguments.scale) == core
+                ]
                 for study in arguments.study
             ]
             cells += [entry for turn in itertools.zip_longest(*lists) for entry in turn if entry is not None]
