@@ -435,8 +435,8 @@ PYBIND11_MODULE(_C, m) {
         })
         .def("pool", [](PlanBuilder& b, const std::string& name, const PyView& x, const PyView& y, const py::dict& o) {
             View from = b.view(x), to = b.view(y);
-            if (from.sizes.size() != 4 || to.sizes.size() != 4 || from.sizes[0] != to.sizes[0] || from.sizes[1] != to.sizes[1] || (to.sizes[3] > 1 && to.strides[3] != 1))
-                throw std::invalid_argument(name + ": pooling needs two NCHW views");
+            if (from.sizes.size() != 4 || to.sizes.size() != 4 || from.sizes[0] != to.sizes[0] || from.sizes[1] != to.sizes[1] || (to.sizes[3] > 1 && to.strides[3] != 1) || (from.sizes[3] > 1 && from.strides[3] != 1))
+                throw std::invalid_argument(name + ": pooling needs two NCHW views with contiguous rows");
             PoolOptions p;
             auto pair = [&](const char* key) { return o[key].cast<std::pair<int64_t, int64_t>>(); };
             p.max = o["max"].cast<bool>();
@@ -446,7 +446,7 @@ PYBIND11_MODULE(_C, m) {
             auto padding = o["padding"].cast<std::array<int64_t, 4>>();
             p.pad_top = padding[0], p.pad_left = padding[1], p.pad_bottom = padding[2], p.pad_right = padding[3];
             p.count_include_pad = o["count_include_pad"].cast<bool>(), p.divisor = o["divisor"].cast<int64_t>();
-            if (p.stride_h < 1 || p.stride_w < 1 || p.kernel_h < 1 || p.kernel_w < 1 || p.dilation_h < 1 || p.dilation_w < 1 || p.divisor < 0) throw std::invalid_argument(name + ": options out of range");
+            if (p.stride_h < 1 || p.stride_w < 1 || p.kernel_h < 1 || p.kernel_w < 1 || p.pad_top < 0 || p.pad_left < 0 || p.dilation_h < 1 || p.dilation_w < 1 || p.divisor < 0) throw std::invalid_argument(name + ": options out of range");
             b.add(name, std::make_unique<PoolNode>(from, to, p));
         })
         .def("adaptive_average_pool", [](PlanBuilder& b, const std::string& name, const PyView& x, const PyView& y) {
@@ -555,27 +555,38 @@ PYBIND11_MODULE(_C, m) {
                  made->shared = parts[0]->external_floats.size() - parts.size();
                  for (const auto& part : parts)
                      for (size_t i = 0; i < part->external_floats.size(); i++)
-                         if (i < made->shared ? part->external_floats[i] != parts[0]->external_floats[i] : part->external_floats[i] > parts[i - made->shared]->arena_floats)
-                             throw std::invalid_argument("the parts of a parted plan disagree about the size of buffer " + std::to_string(i + 1));
+                         if (i < made->shared ? part->external_floats[i] != parts[0]->external_floats[i]
+                                              : part->external_floats[i] > parts[i - made->shared]->arena_floats)
+                             throw std::invalid_argument("the parts of a parted plan disagree about the size of buffer " +
+                                                         std::to_string(i + 1));
                  return made;
              }),
              py::arg("parts"), py::arg("ends"))
-        .def("run", [](const Parts& p, const std::vector<uintptr_t>& pointers) {
-            if (pointers.size() != p.shared) throw std::invalid_argument("expected " + std::to_string(p.shared) + " addresses, got " + std::to_string(pointers.size()));
-            py::gil_scoped_release release;
-            p.plan->run(reinterpret_cast<float* const*>(pointers.data()));
-        }, py::arg("pointers"))
-        .def("profile", [](const Parts& p, const std::vector<uintptr_t>& pointers) {
-            if (pointers.size() != p.shared) throw std::invalid_argument("wrong number of addresses");
-            py::gil_scoped_release release;
-            return p.plan->profile(reinterpret_cast<float* const*>(pointers.data()));
-        }, py::arg("pointers"))
-        .def_property_readonly("names", [](const Parts& p) {
-            std::vector<std::vector<std::string>> names(p.plan->parts());
-            for (size_t i = 0; i < names.size(); i++)
-                for (size_t n = 0; n < p.plan->part(i).size(); n++) names[i].push_back(p.plan->part(i).node(n).name);
-            return names;
-        })
+        .def(
+            "run",
+            [](const Parts& p, const std::vector<uintptr_t>& pointers) {
+                if (pointers.size() != p.shared)
+                    throw std::invalid_argument("expected " + std::to_string(p.shared) + " addresses, got " +
+                                                std::to_string(pointers.size()));
+                py::gil_scoped_release release;
+                p.plan->run(reinterpret_cast<float* const*>(pointers.data()));
+            },
+            py::arg("pointers"))
+        .def(
+            "profile",
+            [](const Parts& p, const std::vector<uintptr_t>& pointers) {
+                if (pointers.size() != p.shared) throw std::invalid_argument("wrong number of addresses");
+                py::gil_scoped_release release;
+                return p.plan->profile(reinterpret_cast<float* const*>(pointers.data()));
+            },
+            py::arg("pointers"))
+        .def_property_readonly("names",
+                               [](const Parts& p) {
+                                   std::vector<std::vector<std::string>> names(p.plan->parts());
+                                   for (size_t i = 0; i < names.size(); i++)
+                                       for (size_t n = 0; n < p.plan->part(i).size(); n++) names[i].push_back(p.plan->part(i).node(n).name);
+                                   return names;
+                               })
         .def_property_readonly("arena_bytes", [](const Parts& p) {
             int64_t bytes = 0;
             for (size_t i = 0; i < p.plan->parts(); i++) bytes += p.plan->part(i).arena_bytes();

@@ -137,11 +137,15 @@ struct KernelTable {
     void (*layer_norm_columns)(const float* x, size_t x_stride, int64_t length, const float* weight, const float* bias, float eps, float* y,
                                size_t y_stride, int64_t width);
     void (*layer_norm_row)(const float* x, int64_t length, const float* weight, const float* bias, float eps, float* y);
-    // One output row of a pooling window over one plane row set: out[i] = max/sum over taps of x[tap rows], strided.
     // y[i] = x[i · step]
     void (*copy)(const float* x, int64_t step, float* y, int64_t n);
-    void (*max_into)(const float* x, int64_t step, float* y, int64_t n);
-    void (*add_into)(const float* x, int64_t step, float* y, int64_t n);
+    void (*add_into)(const float* x, int64_t step, float* y, int64_t n);  // y[i] += x[i · step]
+    // Pooling, first down the rows and then along them: y[i] = max or sum of x[r · ld + i] over r < rows, and of x[i · step + s · dilation]
+    // over s < taps. The latter may read two vectors past the last tap.
+    void (*max_rows)(const float* x, int64_t ld, int rows, float* y, int64_t n);
+    void (*add_rows)(const float* x, int64_t ld, int rows, float* y, int64_t n);
+    void (*max_taps)(const float* x, int taps, int64_t dilation, int64_t step, float* y, int64_t n);
+    void (*add_taps)(const float* x, int taps, int64_t dilation, int64_t step, float* y, int64_t n);
 };
 
 // The table of the build in use (see active_isa()).

@@ -277,6 +277,14 @@ SE_INLINE Vec load_even(const float* x, int64_t valid) {
     Vec low = load_bits(x, low_bits(std::min<int64_t>(valid, kLanes)));
     Vec high = valid > kLanes ? load_bits(x + kLanes, low_bits(valid - kLanes)) : zero();
     return _mm512_permutex2var_ps(low, even, high);
+#elif defined(__AVX2__)
+    if (valid >= 2 * kLanes) {
+        __m256 pairs = _mm256_shuffle_ps(load(x), load(x + kLanes), 0x88);  // 0 2 8 10 4 6 12 14
+        return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xd8));
+    }
+    float lanes[kLanes] = {};
+    for (int i = 0; i < kLanes && 2 * i < valid; i++) lanes[i] = x[2 * i];
+    return load(lanes);
 #else
     float lanes[kLanes] = {};
     for (int i = 0; i < kLanes && 2 * i < valid; i++) lanes[i] = x[2 * i];
@@ -323,22 +331,75 @@ void copy(const float* x, int64_t step, float* y, int64_t n) {
     for (; i < n; i++) y[i] = x[i * step];
 }
 
-// NaN wins, as in PyTorch's pooling.
-void max_into(const float* x, int64_t step, float* y, int64_t n) {
-    into(x, step, y, n, [](Vec a, Vec b) {
-#if defined(__AVX512F__)
-        return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
-#elif defined(__AVX2__)
-        return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-#else
-        for (int i = 0; i < kLanes; i++)
-            if (b.lane[i] > a.lane[i] || std::isnan(b.lane[i])) a.lane[i] = std::isnan(a.lane[i]) ? a.lane[i] : b.lane[i];
-        return a;
-#endif
-    });
-}
 void add_into(const float* x, int64_t step, float* y, int64_t n) {
     into(x, step, y, n, [](Vec a, Vec b) { return add(a, b); });
+}
+
+// NaN wins, as in PyTorch's pooling.
+SE_INLINE Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+#elif defined(__AVX2__)
+    return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+#else
+    for (int i = 0; i < kLanes; i++)
+        if (b.lane[i] > a.lane[i] || std::isnan(b.lane[i])) a.lane[i] = std::isnan(a.lane[i]) ? a.lane[i] : b.lane[i];
+    return a;
+#endif
+}
+
+// y[i] = f over the rows x[r · ld + i]
+template <class F>
+SE_INLINE void rows_into(const float* x, int64_t ld, int rows, float* y, int64_t n, F f) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        Vec v = load(x + i);
+        for (int r = 1; r < rows; r++) v = f(v, load(x + r * ld + i));
+        store(y + i, v);
+    }
+    if (i < n) {
+        uint32_t bits = low_bits(n - i);
+        Vec v = load_bits(x + i, bits);
+        for (int r = 1; r < rows; r++) v = f(v, load_bits(x + r * ld + i, bits));
+        store_bits(y + i, v, bits);
+    }
+}
+
+// y[i] = f over the taps x[i · step + s · dilation]; two vectors past the last tap may be read.
+template <class F>
+SE_INLINE void taps_into(const float* x, int taps, int64_t dilation, int64_t step, float* y, int64_t n, F f) {
+    int64_t i = 0;
+    auto whole = [&](auto take) {
+        for (; i < n; i += kLanes) {
+            Vec v = take(x + i * step);
+            for (int s = 1; s < taps; s++) v = f(v, take(x + i * step + s * dilation));
+            if (i + kLanes <= n) {
+                store(y + i, v);
+            } else {
+                store_bits(y + i, v, low_bits(n - i));
+            }
+        }
+    };
+    if (step == 1) return whole([](const float* p) { return load(p); });
+    if (step == 2) return whole([](const float* p) { return load_even(p, 2 * kLanes); });
+    for (; i < n; i++) {
+        Vec v = splat(x[i * step]);
+        for (int s = 1; s < taps; s++) v = f(v, splat(x[i * step + s * dilation]));
+        store_bits(y + i, v, 1);
+    }
+}
+
+void max_rows(const float* x, int64_t ld, int rows, float* y, int64_t n) {
+    rows_into(x, ld, rows, y, n, [](Vec a, Vec b) { return larger(a, b); });
+}
+void add_rows(const float* x, int64_t ld, int rows, float* y, int64_t n) {
+    rows_into(x, ld, rows, y, n, [](Vec a, Vec b) { return add(a, b); });
+}
+void max_taps(const float* x, int taps, int64_t dilation, int64_t step, float* y, int64_t n) {
+    taps_into(x, taps, dilation, step, y, n, [](Vec a, Vec b) { return larger(a, b); });
+}
+void add_taps(const float* x, int taps, int64_t dilation, int64_t step, float* y, int64_t n) {
+    taps_into(x, taps, dilation, step, y, n, [](Vec a, Vec b) { return add(a, b); });
 }
 
 }  // namespace
@@ -356,7 +417,10 @@ void fill_elementwise(KernelTable& t) {
     t.spmv = spmv;
     t.gemv = gemv;
     t.copy = copy;
-    t.max_into = max_into;
+    t.max_rows = max_rows;
+    t.max_taps = max_taps;
+    t.add_rows = add_rows;
+    t.add_taps = add_taps;
     t.add_into = add_into;
 }
 

@@ -75,6 +75,10 @@ SE_INLINE void end_row(const Vec (&acc)[V], const SpmmArgs& a, float* out) {
     for (int v = 0; v < V; v++) store(out + v * kLanes, at_most(at_least(acc[v], low), high));
 }
 
+// Weights are read once, in order, from beyond the L2, and slower than the hardware's prefetcher expects a stream to be: it
+// does not run ahead by itself.
+constexpr int kAhead = 512;  // entries
+
 // Runs whose number of entries is 4·groups + Rest.
 template <int V, int Rest>
 SE_INLINE void run_of_rows(const SpmmArgs& a, int panels, int groups, const uint16_t*& rows_, const uint8_t*& index_, const float*& w_) {
@@ -86,19 +90,18 @@ SE_INLINE void run_of_rows(const SpmmArgs& a, int panels, int groups, const uint
     for (int p = 0; p < panels; p++) {
         int row = *rows++;
         float* out = a.out + size_t(row) * a.out_stride;
+        for (int line = 0; line < 4 * groups + Rest; line += 16) __builtin_prefetch(w + kAhead + line);
+        __builtin_prefetch(index + kAhead);
         Vec acc[V];
         begin_row(acc, a, row, out);
-        if constexpr (V < 4) {
-            // An FMA takes four cycles: fewer than four accumulators need a second set to keep the unit busy.
-            Vec odd[V];
+        // Entries go to two sets of sums in turns. An FMA takes four cycles, so few sums would leave the unit idle, and every width of tile
+        // adds in the same order: a result does not depend on how the pixels are cut. The additions have units of their own.
+        Vec odd[V];
 #pragma GCC unroll 8
-            for (int v = 0; v < V; v++) odd[v] = zero();
-            for (int g = 0; g < groups; g++, index += 4, w += 4) four_entries(acc, odd, index, w, x, stride);
+        for (int v = 0; v < V; v++) odd[v] = zero();
+        for (int g = 0; g < groups; g++, index += 4, w += 4) four_entries(acc, odd, index, w, x, stride);
 #pragma GCC unroll 8
-            for (int v = 0; v < V; v++) acc[v] = add(acc[v], odd[v]);
-        } else {
-            for (int g = 0; g < groups; g++, index += 4, w += 4) four_entries(acc, acc, index, w, x, stride);
-        }
+        for (int v = 0; v < V; v++) acc[v] = add(acc[v], odd[v]);
 #pragma GCC unroll 4
         for (int e = 0; e < Rest; e++) axpy(acc, splat(w[e]), x + size_t(index[e]) * stride);
         index += Rest, w += Rest;
@@ -190,10 +193,10 @@ void fill_spmm(KernelTable& t) {
     SE_PANEL(1, 2, 1), SE_PANEL(1, 2, 2), SE_PANEL(1, 2, 3), SE_PANEL(1, 2, 4), SE_PANEL(1, 2, 5), SE_PANEL(1, 2, 6);
     SE_PANEL(2, 4, 1), SE_PANEL(2, 4, 2), SE_PANEL(2, 4, 3);
     SE_PANEL(3, 8, 1);
-    t.max_vectors[0] = 8, t.max_vectors[1] = 6, t.max_vectors[2] = 3, t.max_vectors[3] = 1;
+    t.max_vectors[0] = 6, t.max_vectors[1] = 6, t.max_vectors[2] = 3, t.max_vectors[3] = 1;
 #if defined(__AVX512F__)
     SE_PANEL(1, 2, 7), SE_PANEL(1, 2, 8), SE_PANEL(2, 4, 4), SE_PANEL(2, 4, 5), SE_PANEL(2, 4, 6), SE_PANEL(3, 8, 2), SE_PANEL(3, 8, 3);
-    t.max_vectors[1] = 8, t.max_vectors[2] = 6, t.max_vectors[3] = 3;
+    t.max_vectors[0] = 8, t.max_vectors[1] = 8, t.max_vectors[2] = 6, t.max_vectors[3] = 3;
 #endif
 #undef SE_PANEL
 }

@@ -44,6 +44,20 @@ void check_csr(const CsrView& csr) {
     }
 }
 
+struct PanelMatrix::Growing {
+    std::vector<PanelRun> runs;
+    std::vector<uint16_t> panel_rows;
+    std::vector<uint8_t> index;
+    std::vector<float> values;
+};
+
+void PanelMatrix::keep(const Growing& built) {
+    runs.assign(built.runs.begin(), built.runs.end());
+    panel_rows.assign(built.panel_rows.begin(), built.panel_rows.end());
+    index.assign(built.index.begin(), built.index.end());
+    values.assign(built.values.begin(), built.values.end());
+}
+
 PanelMatrix::PanelMatrix(const CsrView& csr, const float* csr_values, const PanelOptions& wanted)
     : rows(csr.rows), cols(csr.cols), nnz(csr.nnz()), options(checked(wanted, csr.rows, csr.cols)) {
     const int panel = options.panel;
@@ -53,6 +67,8 @@ PanelMatrix::PanelMatrix(const CsrView& csr, const float* csr_values, const Pane
     if (nnz > UINT32_MAX / 8) throw std::invalid_argument("too many non-zeros: " + std::to_string(nnz));
     if (options.keep_positions) positions_.resize(nnz);
     segments.reserve(size_t(row_blocks) * parts);
+    Growing built;
+    auto& [runs, panel_rows, index, values] = built;  // in place of the members, which take exact copies in the end
     index.reserve(nnz + kReadAhead);
     values.reserve(nnz * panel + kReadAhead);
 
@@ -130,8 +146,7 @@ PanelMatrix::PanelMatrix(const CsrView& csr, const float* csr_values, const Pane
     }
     index.resize(index.size() + kReadAhead, 0);
     values.resize(values.size() + kReadAhead, 0.0f);
-    index.shrink_to_fit();
-    values.shrink_to_fit();
+    keep(built);
 }
 
 PanelMatrix::PanelMatrix(int64_t rows_, int64_t cols_, const float* dense, const PanelOptions& wanted)
@@ -141,6 +156,10 @@ PanelMatrix::PanelMatrix(int64_t rows_, int64_t cols_, const float* dense, const
     options.keep_positions = false;
     parts = std::max<int>(1, static_cast<int>((cols + options.part - 1) / options.part));
     row_blocks = static_cast<int>((rows + options.row_block - 1) / options.row_block);
+    Growing built;
+    auto& [runs, panel_rows, index, values] = built;
+    (void)index;
+    values.reserve(size_t(row_blocks) * ((options.row_block + panel - 1) / panel * panel) * cols + kReadAhead);
     for (int block = 0; block < row_blocks; block++) {
         int64_t row0 = int64_t(block) * options.row_block, row1 = std::min<int64_t>(rows, row0 + options.row_block);
         int64_t panels = (row1 - row0 + panel - 1) / panel;
@@ -166,6 +185,7 @@ PanelMatrix::PanelMatrix(int64_t rows_, int64_t cols_, const float* dense, const
     }
     stored_ = static_cast<int64_t>(values.size());
     values.resize(values.size() + kReadAhead, 0.0f);
+    keep(built);
 }
 
 void PanelMatrix::set_values(const float* csr_values) {

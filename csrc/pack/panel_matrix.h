@@ -14,6 +14,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/memory.h"
+
 namespace sparse_engine {
 
 struct CsrView {
@@ -48,6 +50,9 @@ struct PanelRun {
 
 class PanelMatrix {
   public:
+    template <class T>
+    using Packed = std::vector<T, SharedPages<T>>;
+
     PanelMatrix() = default;
     PanelMatrix(const CsrView& csr, const float* values, const PanelOptions& options);
     // values: row-major rows × cols, dense.
@@ -59,10 +64,10 @@ class PanelMatrix {
     PanelOptions options;
     int row_blocks = 0, parts = 0;
     std::vector<PanelSegment> segments;  // [row block][part]
-    std::vector<PanelRun> runs;
-    std::vector<uint16_t> panel_rows;  // first row of each panel, relative to its row block, in units of panels
-    std::vector<uint8_t> index;
-    std::vector<float> values;
+    Packed<PanelRun> runs;
+    Packed<uint16_t> panel_rows;  // first row of each panel, relative to its row block, in units of panels
+    Packed<uint8_t> index;
+    Packed<float> values;
 
     const PanelSegment& segment(int row_block, int part) const { return segments[size_t(row_block) * parts + part]; }
     int64_t block_rows() const { return options.row_block; }
@@ -71,6 +76,8 @@ class PanelMatrix {
     int64_t stored() const { return stored_; }
 
   private:
+    struct Growing;  // the arrays while they grow
+    void keep(const Growing& built);
     std::vector<uint32_t> positions_;
     int64_t stored_ = 0;
 };

@@ -237,34 +237,32 @@ void PoolNode::run(Context& context) const {
     int64_t bands = !small && batch == 1 && context.threads > 1 ? std::min<int64_t>(out_h, 2 * context.threads) : 1;
     int64_t planes = batch * channels, work = std::max<int64_t>(1, out_h * out_w * o_.kernel_h * o_.kernel_w / bands);
     int64_t group = std::clamp<int64_t>(4 * kGrain / work, 1, std::max<int64_t>(1, planes)), groups = ceil_div(planes, group);
-    parallel_for(bands * groups, small ? 1 : context.threads, [&](int64_t item, int) {
+    const float empty = o_.max ? -std::numeric_limits<float>::infinity() : 0.0f;
+    // The windows of a row, joined down the rows first: [padding | the row | padding, and slack for whole vectors].
+    const int64_t reach = std::max(width, (out_w - 1) * o_.stride_w + (o_.kernel_w - 1) * o_.dilation_w + 1 - o_.pad_left);
+    const size_t line_floats = static_cast<size_t>(o_.pad_left + reach + 4 * k.lanes);
+    parallel_for(bands * groups, small ? 1 : context.threads, [&](int64_t item, int slot) {
         int64_t band = item / groups, plane0 = item % groups * group;
         int64_t row0 = out_h * band / bands, row1 = out_h * (band + 1) / bands;
+        float* line = context.scratch(slot, line_floats);
+        std::fill(line, line + line_floats, empty);
         for (int64_t index = plane0; index < std::min(planes, plane0 + group); index++) {
             int64_t n = index / channels, c = index % channels;
             const float* from = x + n * x_.strides[0] + c * x_.strides[1];
             float* to = y + n * y_.strides[0] + c * y_.strides[1];
-            float empty = o_.max ? -std::numeric_limits<float>::infinity() : 0.0f;
             for (int64_t oy = row0; oy < row1; oy++) {
                 float* row = to + oy * y_.strides[2];
-                std::fill(row, row + out_w, empty);
-                for (int64_t r = 0; r < o_.kernel_h; r++) {
-                    int64_t iy = oy * o_.stride_h + r * o_.dilation_h - o_.pad_top;
-                    if (iy < 0 || iy >= height) continue;
-                    const float* line = from + iy * x_.strides[2];
-                    for (int64_t s = 0; s < o_.kernel_w; s++) {
-                        int64_t shift = s * o_.dilation_w - o_.pad_left;
-                        int64_t first = shift >= 0 ? 0 : ceil_div(-shift, o_.stride_w);
-                        int64_t last = width - 1 - shift < 0 ? -1 : std::min(out_w - 1, (width - 1 - shift) / o_.stride_w);
-                        if (last < first) continue;
-                        const float* start = line + (first * o_.stride_w + shift) * x_.strides[3];
-                        int64_t step = o_.stride_w * x_.strides[3];
-                        if (o_.max) {
-                            k.max_into(start, step, row + first, last - first + 1);
-                        } else {
-                            k.add_into(start, step, row + first, last - first + 1);
-                        }
-                    }
+                int64_t top = oy * o_.stride_h - o_.pad_top;
+                int64_t first = top >= 0 ? 0 : ceil_div(-top, o_.dilation_h);
+                int64_t last = std::min(o_.kernel_h, height > top ? ceil_div(height - top, o_.dilation_h) : 0);
+                if (last <= first) {
+                    std::fill(row, row + out_w, empty);
+                } else {
+                    auto join = o_.max ? k.max_rows : k.add_rows;
+                    auto slide = o_.max ? k.max_taps : k.add_taps;
+                    join(from + (top + first * o_.dilation_h) * x_.strides[2], o_.dilation_h * x_.strides[2],
+                         static_cast<int>(last - first), line + o_.pad_left, width);
+                    slide(line, static_cast<int>(o_.kernel_w), o_.dilation_w, o_.stride_w, row, out_w);
                 }
                 if (o_.max) continue;
                 // The divisor counts padding up to the padded border when asked to, and never what ceil_mode adds beyond it.

@@ -212,7 +212,7 @@ def default_choice(problem: LinearProblem, threads: int = 0) -> LinearChoice:
 def tile_count(pixels: int, vectors: int, threads: int) -> int:
     """Tiles that the native operator cuts its pixels into, but for the limit that registers set on their size."""
     total = -(-pixels // LANES)
-    count = max(1, total // vectors)
+    count = max(1, (total + vectors // 2) // vectors)
     even = -(-count // threads) * threads
     return even if even <= total else count
 
@@ -743,6 +743,8 @@ class _Lowering:
     def _pool(self, node: Node, maximum: bool) -> None:
         attrs = node.attrs
         x = self.places[node.inputs[0]]
+        if x.strides[3] != 1 and x.sizes[3] > 1:
+            x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
         out = self.new(self.shape(node.output), [1])
         options = {
             "max": maximum, "kernel": tuple(attrs["kernel"]),

@@ -211,10 +211,11 @@ class _PartLowering(_Lowering):
         top, left, bottom, right = node.attrs["padding"]
         if node.op == "avg_pool2d":  # its divisor depends on how far the padding goes, not on how far windows reach
             below = bottom if last == self.height(node.output) else 0
-        whole = self.places[name]
-        self.places[name] = self.rows(name, low, high)
-        lower(replace(node, attrs={**node.attrs, "padding": (above, left, below, right)}))
-        self.places[name] = whole
+        # Under a name of its own: the same value may come in once more, as the residual.
+        seen = f"{name} through the window of {node.name}"
+        self.places[seen] = self.rows(name, low, high)
+        attrs = {**node.attrs, "padding": (above, left, below, right)}
+        lower(replace(node, inputs=[seen, *node.inputs[1:]], attrs=attrs))
 
     # -- stages
 
@@ -230,12 +231,12 @@ class _PartLowering(_Lowering):
                 self._begin_stage(wanted)
             self.making = node.output
             getattr(self, f"op_{node.op}")(node)
+        # The last stage: every part copies the channels that its thread will read in the tail, of all rows.
+        self._hold()
+        self.marks.append(len(self.steps))
         for index, name in enumerate(graph.outputs):
-            sizes = super().shape(name)
-            storage = _Storage(max(1, math.prod(sizes)), len(graph.inputs) + index + 1)
-            full = _Place(storage, 0, sizes, tuple(_contiguous_strides(sizes)))
-            first, _ = self.own(name)
-            self.copy(self.places[name], full.with_view(self.shape(name), full.strides, first * sizes[3]), f"out.{name}")
+            self.step(lambda plan, index=index, name=name: self._emit_output(plan, index, name), [self.places[name]])
+        self.held = list(graph.outputs)
         self._hold()
         self.arena = self._memory_plan()
 
@@ -277,6 +278,21 @@ class _PartLowering(_Lowering):
                 _, offset = source.at()
                 view = (arenas + other.part, offset, list(source.sizes), list(source.strides))
                 plan.copy(f"{name}.halo", view, self.rows(name, begin, end).view())
+
+    def _emit_output(self, plan: Any, index: int, name: str) -> None:
+        _, channels, height, width = sizes = super().shape(name)
+        begin, end = channels * self.part // self.parts, channels * (self.part + 1) // self.parts
+        if begin == end:
+            return
+        strides = _contiguous_strides(sizes)
+        for other in self.others:
+            place = other.places[name]
+            buffer = 0 if other is self else self.constants_buffer + 1 + other.part
+            first, last = other.own(name)
+            view = (1, end - begin, last - first, width)
+            source = (buffer, place.at()[1] + begin * place.strides[1], list(view), list(place.strides))
+            target = len(self.graph.inputs) + index + 1
+            plan.copy(f"out.{name}", source, (target, begin * height * width + first * width, list(view), strides))
 
     def build(self) -> tuple[Any, list[int]]:
         """The native plan of this part, and where its stages end."""
@@ -337,16 +353,19 @@ class PartedPlan:
         self._shapes = shapes
         self._tail = tail
         self._constants = numpy.zeros(1, dtype=numpy.float32)  # no node before the cut has any
+        self._idle: list[list[Tensor]] = []  # memory for what is passed to the tail, kept from call to call
 
     def run(self, inputs: list[Tensor]) -> list[Tensor]:
         """One contiguous tensor per graph input in, one new tensor per graph output out."""
-        passed = [torch.empty(shape) for shape in self._shapes]
+        passed = self._passed()
         self._parts.run(self._addresses(inputs, passed))
-        return self._tail.run(passed + [inputs[index] for index in self._also])
+        outputs = self._tail.run(passed + [inputs[index] for index in self._also])
+        self._idle.append(passed)
+        return outputs
 
     def profile(self, inputs: list[Tensor]) -> list[tuple[str, float]]:
         """Seconds per native node of one run, in order; of a node that several parts run, the longest."""
-        passed = [torch.empty(shape) for shape in self._shapes]
+        passed = self._passed()
         seconds = self._parts.profile(self._addresses(inputs, passed))
         longest: dict[str, float] = {}
         for names, times in zip(self._parts.names, seconds, strict=True):
@@ -361,6 +380,12 @@ class PartedPlan:
     def arena_bytes(self) -> int:
         """Bytes of working memory of one call, all threads together."""
         return self._parts.arena_bytes + self._tail.arena_bytes
+
+    def _passed(self) -> list[Tensor]:
+        try:
+            return self._idle.pop()
+        except IndexError:  # the first call, or one beside another
+            return [torch.empty(shape) for shape in self._shapes]
 
     def _addresses(self, inputs: list[Tensor], passed: list[Tensor]) -> list[int]:
         return [tensor.data_ptr() for tensor in inputs + passed] + [self._constants.ctypes.data]

@@ -433,24 +433,65 @@ TEST(strided_rows_of_pooling) {
         for (int64_t n : {1, 7, 16, 17, 33}) {
             std::vector<float> x = Random(1).floats(static_cast<size_t>((n - 1) * step + 1)),
                                start = Random(2).floats(static_cast<size_t>(n) + 1);
-            std::vector<float> copied(static_cast<size_t>(n) + 1, kPoison), largest = start, sum = start;
+            std::vector<float> copied(static_cast<size_t>(n) + 1, kPoison), sum = start;
             kernels().copy(x.data(), step, copied.data(), n);
-            kernels().max_into(x.data(), step, largest.data(), n);
             kernels().add_into(x.data(), step, sum.data(), n);
             for (int64_t i = 0; i < n; i++) {
                 size_t at = static_cast<size_t>(i);
                 float value = x[static_cast<size_t>(i * step)];
                 CHECK_EQUAL(copied[at], value);
-                CHECK_EQUAL(largest[at], std::fmax(start[at], value));
                 CHECK_EQUAL(sum[at], start[at] + value);
             }
             CHECK(std::isnan(copied[static_cast<size_t>(n)]));
-            CHECK_EQUAL(largest[static_cast<size_t>(n)], start[static_cast<size_t>(n)]);
             CHECK_EQUAL(sum[static_cast<size_t>(n)], start[static_cast<size_t>(n)]);
         }
+}
+
+TEST(windows_of_pooling) {
+    for (int rows : {1, 2, 3, 5})
+        for (int64_t n : {1, 7, 16, 17, 33}) {
+            int64_t ld = n + 3;
+            std::vector<float> x = Random(1).floats(static_cast<size_t>(rows * ld)), largest(static_cast<size_t>(n) + 1, kPoison),
+                               sum = largest;
+            kernels().max_rows(x.data(), ld, rows, largest.data(), n);
+            kernels().add_rows(x.data(), ld, rows, sum.data(), n);
+            for (int64_t i = 0; i < n; i++) {
+                float most = x[static_cast<size_t>(i)], total = most;
+                for (int r = 1; r < rows; r++) {
+                    float value = x[static_cast<size_t>(r * ld + i)];
+                    most = std::fmax(most, value), total += value;
+                }
+                CHECK_EQUAL(largest[static_cast<size_t>(i)], most);
+                CHECK_EQUAL(sum[static_cast<size_t>(i)], total);
+            }
+            CHECK(std::isnan(largest[static_cast<size_t>(n)]));
+            CHECK(std::isnan(sum[static_cast<size_t>(n)]));
+        }
+    for (int64_t step : {1, 2, 3})
+        for (int taps : {1, 2, 3, 5})
+            for (int64_t dilation : {1, 2})
+                for (int64_t n : {1, 7, 16, 17, 33}) {
+                    size_t needed = static_cast<size_t>((n - 1) * step + (taps - 1) * dilation + 1);
+                    std::vector<float> x = Random(1).floats(needed), largest(static_cast<size_t>(n) + 1, kPoison), sum = largest;
+                    x.resize(needed + 64, kPoison);  // may be read, must not show
+                    kernels().max_taps(x.data(), taps, dilation, step, largest.data(), n);
+                    kernels().add_taps(x.data(), taps, dilation, step, sum.data(), n);
+                    for (int64_t i = 0; i < n; i++) {
+                        float most = x[static_cast<size_t>(i * step)], total = most;
+                        for (int s = 1; s < taps; s++) {
+                            float value = x[static_cast<size_t>(i * step + s * dilation)];
+                            most = std::fmax(most, value), total += value;
+                        }
+                        CHECK_EQUAL(largest[static_cast<size_t>(i)], most);
+                        CHECK_EQUAL(sum[static_cast<size_t>(i)], total);
+                    }
+                    CHECK(std::isnan(largest[static_cast<size_t>(n)]));
+                    CHECK(std::isnan(sum[static_cast<size_t>(n)]));
+                }
     for (bool nan_first : {true, false}) {
-        std::vector<float> x(16, nan_first ? 1.0f : kPoison), y(16, nan_first ? kPoison : 1.0f);
-        kernels().max_into(x.data(), 1, y.data(), 16);
+        std::vector<float> x(32, 1.0f), y(16, 0.0f);
+        std::fill_n(x.begin() + (nan_first ? 0 : 16), 16, kPoison);
+        kernels().max_rows(x.data(), 16, 2, y.data(), 16);
         for (float value : y) CHECK(std::isnan(value));
     }
 }
