@@ -11,6 +11,7 @@
 #include "core/thread_pool.h"
 #include "runtime/layers.h"
 #include "runtime/linear_operator.h"
+#include "runtime/peak.h"
 #include "runtime/plan.h"
 #include "runtime/tensor_ops.h"
 
@@ -197,6 +198,8 @@ PYBIND11_MODULE(_C, m) {
         },
         "Cross entropy and distillation loss of each row, with their gradient on request; the order of arguments is that of "
         "ops/kd_loss.py.");
+    m.def("fma_peak", &fma_peak, py::arg("seconds") = 0.05, py::arg("threads") = 0, Release(),
+          "Operations per second of fused multiply-adds on registers, all threads together.");
     m.def("padded_pixels", &padded_pixels, "Floats from one channel plane of so many pixels to the next.");
 
     // -------------------------------------------------------------------------------------------------------- layers

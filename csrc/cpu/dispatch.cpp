@@ -12,6 +12,7 @@ namespace sparse_engine {
     void fill_pack(KernelTable&);        \
     void fill_elementwise(KernelTable&); \
     void fill_losses(KernelTable&);      \
+    void fill_peak(KernelTable&);        \
     }
 SE_BUILD(portable)
 #if defined(__x86_64__)
@@ -21,12 +22,12 @@ SE_BUILD(avx512)
 
 namespace {
 
-#define SE_TABLE(ISA, LANES)                                                                 \
-    [] {                                                                                     \
-        KernelTable t{};                                                                     \
-        t.name = #ISA, t.lanes = LANES;                                                      \
-        ISA::fill_spmm(t), ISA::fill_pack(t), ISA::fill_elementwise(t), ISA::fill_losses(t); \
-        return t;                                                                            \
+#define SE_TABLE(ISA, LANES)                                                                                    \
+    [] {                                                                                                        \
+        KernelTable t{};                                                                                        \
+        t.name = #ISA, t.lanes = LANES;                                                                         \
+        ISA::fill_spmm(t), ISA::fill_pack(t), ISA::fill_elementwise(t), ISA::fill_losses(t), ISA::fill_peak(t); \
+        return t;                                                                                               \
     }()
 
 }  // namespace

@@ -128,6 +128,8 @@ struct KernelTable {
     // y[i] = x[i] · scale + shift
     void (*scale_shift)(const float* x, float scale, float shift, float* y, int64_t n);
     void (*kd_row)(KDRowArgs&);
+    // Fused multiply-adds on registers only: runs `steps` rounds, returns how many operations that were; result is only there to be used.
+    int64_t (*fma_chains)(int64_t steps, float factor, float shift, float* result);
     float (*reduce_sum)(const float* x, int64_t n);
     float (*reduce_max)(const float* x, int64_t n);
     // Along the strided axis, vectorised over `width` neighbouring columns: y = softmax_k x[k · stride + i].

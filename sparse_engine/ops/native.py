@@ -20,6 +20,7 @@ __all__ = [
     "extension",
     "is_plain",
     "native_product",
+    "peak_gflops",
     "wants_gradient",
     "why_not_extension",
     "why_not_float32_cpu",
@@ -43,6 +44,23 @@ else:
 def extension() -> ModuleType | None:
     """Return the C++ extension module, or None where it is not built."""
     return _extension
+
+
+def peak_gflops(threads: int = 0, seconds: float = 0.05) -> float | None:
+    """Measure the GFLOP/s of fused multiply-adds on registers; None without the C++ extension.
+
+    Example:
+        >>> peak = peak_gflops(1, 0.01)
+        >>> peak is None or peak > 0
+        True
+
+    Args:
+        threads: running at the same time; 0 = as many as the kernels use.
+        seconds: of each thread's measurement.
+    """
+    if why_not_extension("fma_peak"):
+        return None
+    return _extension.fma_peak(seconds, threads) / 1e9
 
 
 def why_not_extension(*names: str) -> list[str]:

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from sparse_engine.errors import SparseEngineError
+from sparse_engine.ops import native
 
 _LARGE = 64 * 2**20
 """Bytes of the array whose reading measures memory bandwidth: larger than the last cache of most processors."""
+_SMALL = 4 * 2**20
+"""Bytes of the array whose reading measures the bandwidth of the last cache: what a layer of up to that size needs."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,27 @@ class Ceilings:
     Attributes:
         gflops: GFLOP/s of the fastest dense product tried: a matrix product or a 3×3 convolution by PyTorch.
         gbytes: GB/s of reading an array of 64 MiB.
-        threads: how many threads both used.
+        threads: how many threads all used.
+        peak_gflops: GFLOP/s of fused multiply-adds on registers; None where no native kernels were built.
+        cache_gbytes: GB/s of reading an array of 4 MiB again and again; None where it was not measured.
     """
 
     gflops: float
     gbytes: float
     threads: int
+    peak_gflops: float | None = None
+    cache_gbytes: float | None = None
+
+    @property
+    def peak(self) -> float:
+        """GFLOP/s that arithmetic cannot exceed: the peak, or the fastest dense product where that is not known."""
+        return max(self.gflops, self.peak_gflops or 0.0)
+
+    def reading(self, size: float) -> tuple[str, float]:
+        """What a working set of so many bytes is read from (cache or memory), and its GB/s."""
+        if self.cache_gbytes is not None and size <= _SMALL:
+            return "cache", self.cache_gbytes
+        return "memory", self.gbytes
 
 
 @dataclass(frozen=True)
@@ -69,14 +87,25 @@ class LayerTime:
         return self.flops / self.bytes if self.bytes else 0.0
 
     def bound(self, ceilings: Ceilings) -> tuple[str, float]:
-        """What limits the layer on this machine (compute or memory), and the share of that limit it reaches."""
-        memory = ceilings.gbytes * self.intensity
-        limit, name = (memory, "memory") if memory < ceilings.gflops else (ceilings.gflops, "compute")
+        """What limits the layer on this machine (compute, cache or memory), and the share of that limit it reaches."""
+        name, gbytes = ceilings.reading(self.bytes)
+        limit = gbytes * self.intensity
+        if limit >= ceilings.peak:
+            limit, name = ceilings.peak, "compute"
         return name, self.gflops / limit if limit else 0.0
+
+    def share_of_peak(self, ceilings: Ceilings) -> float:
+        """FLOPs that remain per second, over the machine's peak."""
+        return self.gflops / ceilings.peak if ceilings.peak else 0.0
 
 
 def measure_ceilings(seconds: float = 0.4) -> Ceilings:
-    """Measure what the machine allows PyTorch, with its current number of threads.
+    """Measure what the machine allows, with PyTorch's current number of threads.
+
+    Example:
+        >>> ceilings = measure_ceilings(seconds=0.05)
+        >>> ceilings.gflops > 0 and ceilings.gbytes > 0
+        True
 
     Args:
         seconds: how long to measure, about.
@@ -85,12 +114,16 @@ def measure_ceilings(seconds: float = 0.4) -> Ceilings:
     x, w = torch.randn(4, 128, 28, 28), torch.randn(128, 128, 3, 3)
     out = torch.empty(1024, 1024)
     array = torch.ones(_LARGE // 4)
+    cached = array[: _SMALL // 4]
+    threads = torch.get_num_threads()
     with torch.no_grad():
-        product = 2 * 1024**3 / _best(lambda: torch.mm(a, b, out=out), seconds / 3)
+        product = 2 * 1024**3 / _best(lambda: torch.mm(a, b, out=out), seconds / 5)
         flops = 2 * 4 * 28 * 28 * 128 * 128 * 9
-        convolution = flops / _best(lambda: torch.nn.functional.conv2d(x, w, padding=1), seconds / 3)
-        reading = _LARGE / _best(lambda: array.sum(), seconds / 3)
-    return Ceilings(max(product, convolution) / 1e9, reading / 1e9, torch.get_num_threads())
+        convolution = flops / _best(lambda: torch.nn.functional.conv2d(x, w, padding=1), seconds / 5)
+        reading = _LARGE / _best(lambda: array.sum(), seconds / 5)
+        from_cache = _SMALL / _best(lambda: cached.sum(), seconds / 5)
+    peak = native.peak_gflops(threads, seconds / 5)
+    return Ceilings(max(product, convolution) / 1e9, reading / 1e9, threads, peak, from_cache / 1e9)
 
 
 def measure_layers(

@@ -183,9 +183,10 @@ def _roofline(data: PageData) -> str:
         return ""
     note = (
         "Each circle is a layer with a weight, its area the layer's share of the time. Only FLOPs on kept weights "
-        "count, and each byte of weight, input and output once. Both ceilings were measured in this run with "
-        f"{_count(range(data.ceilings.threads), 'thread')}: the faster of a matrix product and a convolution by "
-        "PyTorch, and reading 64 MiB, part of which the last cache may serve."
+        "count, and each byte of weight, input and output once. The ceilings were measured in this run with "
+        f"{_count(range(data.ceilings.threads), 'thread')}: fused multiply-adds on registers, and reading 64 MiB, "
+        "part of which the last cache may serve. Dashed: reading 4 MiB, which is what bounds layers of up to that size "
+        "(weight, input and output together), and the faster of a matrix product and a convolution by PyTorch."
     )
     return _section("Roofline", plots.plot_roofline(data.layers, data.ceilings), note)
 
@@ -219,6 +220,7 @@ def _layer_table(data: PageData) -> str:
         ">dense ms",
         ">speed-up",
         ">GFLOP/s",
+        ">of peak",
         ">of limit",
         "why",
     ]
@@ -226,10 +228,10 @@ def _layer_table(data: PageData) -> str:
     for layer in data.report["layers"]:
         time = times.get(layer["name"])
         ms, dense = (time.ms, time.dense_ms) if time else (layer["ms"], layer["dense_ms"])
-        limit = ""
+        limit = peak = ""
         if time and data.ceilings and layer["sparsity"] is not None:
             bound, share = time.bound(data.ceilings)
-            limit = f"{share:.0%} ({bound})"
+            limit, peak = f"{share:.0%} ({bound})", f"{time.share_of_peak(data.ceilings):.0%}"
         rows.append(
             [
                 layer["name"],
@@ -242,6 +244,7 @@ def _layer_table(data: PageData) -> str:
                 _ms(dense),
                 f"{dense / ms:.2f}×" if ms and dense else "",
                 f"{time.gflops:.0f}" if time and layer["sparsity"] is not None else "",
+                peak,
                 limit,
                 layer["reason"],
             ]
@@ -254,7 +257,10 @@ def _layer_table(data: PageData) -> str:
     else:
         note = "ms and dense ms are from the conversion: the chosen kernel and the native dense kernel, timed in turns."
     if data.ceilings:
-        note += " GFLOP/s count kept weights only; the limit is the lower of the two ceilings at the layer's intensity."
+        note += (
+            f" GFLOP/s count kept weights only; the peak is {data.ceilings.peak:.0f} GFLOP/s. The limit is what bounds "
+            "the layer: that peak (compute), or its least traffic from the last cache (cache) or from memory (memory)."
+        )
     return _section("Layers", _table(head, rows), note)
 
 

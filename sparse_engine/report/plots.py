@@ -96,13 +96,21 @@ def plot_roofline(layers: Sequence[LayerTime], ceilings: Ceilings) -> str:
     """Achieved GFLOP/s against arithmetic intensity, under the ceilings of this machine."""
     points = [layer for layer in layers if layer.sparsity is not None and layer.flops > 0 and layer.ms > 0]
     figure, axes = _figure(7.2, 4.2)
-    ridge = ceilings.gflops / ceilings.gbytes
+    peak = ceilings.peak
+    ridge = peak / ceilings.gbytes
     low = min([layer.intensity for layer in points] + [ridge]) / 2
     high = max([layer.intensity for layer in points] + [ridge]) * 2
-    axes.plot([low, ridge, high], [ceilings.gbytes * low, ceilings.gflops, ceilings.gflops], color=MUTED, lw=1.5)
+    axes.plot([low, ridge, high], [ceilings.gbytes * low, peak, peak], color=MUTED, lw=1.5)
+    if ceilings.cache_gbytes is not None and ceilings.cache_gbytes > ceilings.gbytes:
+        bend = peak / ceilings.cache_gbytes
+        axes.plot([low, max(low, bend)], [ceilings.cache_gbytes * low, peak], color=MUTED, lw=1, ls="--")
+    if ceilings.gflops < peak:
+        axes.plot([ridge, high], [ceilings.gflops, ceilings.gflops], color=MUTED, lw=1, ls="--")
     axes.annotate(
-        f"best dense product: {ceilings.gflops:.0f} GFLOP/s",
-        (high, ceilings.gflops),
+        f"peak: {peak:.0f} GFLOP/s, dense product: {ceilings.gflops:.0f}"
+        if ceilings.gflops < peak
+        else f"best dense product: {ceilings.gflops:.0f} GFLOP/s",
+        (high, peak),
         xytext=(0, 4),
         textcoords="offset points",
         ha="right",

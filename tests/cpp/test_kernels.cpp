@@ -504,3 +504,10 @@ TEST(scale_and_shift) {
     CHECK(relative_error(y.data(), expected.data(), 45) <= kBound);
     CHECK(std::isnan(y[45]));
 }
+
+TEST(chains_of_multiply_adds) {
+    float result = 0;
+    int64_t operations = kernels().fma_chains(10, 1.0f, 0.5f, &result);
+    CHECK_EQUAL(operations, 2 * 12 * int64_t(kernels().lanes) * 10);
+    CHECK_EQUAL(result, 12.0f * static_cast<float>(kernels().lanes) * 6.0f);  // each lane: 1 + 10 · 0.5
+}

@@ -66,6 +66,19 @@ def test_ceilings_are_positive():
     ceilings = measure_ceilings(seconds=0.01)
     assert ceilings.gflops > 0
     assert ceilings.gbytes > 0
+    assert ceilings.cache_gbytes > 0
+    assert ceilings.peak >= ceilings.gflops
+
+
+def test_a_layer_that_fits_the_cache_is_held_to_the_cache():
+    ceilings = Ceilings(gflops=80.0, gbytes=10.0, threads=1, peak_gflops=100.0, cache_gbytes=40.0)
+    small = LayerTime("a", "linear", (1,), 1.0, 1.0, None, None, flops=2e6, dense_flops=2e6, bytes=1e6)
+    assert small.bound(ceilings) == ("cache", pytest.approx(0.025))
+    large = LayerTime("b", "linear", (1,), 1.0, 1.0, None, None, flops=2e8, dense_flops=2e8, bytes=1e8)
+    assert large.bound(ceilings) == ("memory", pytest.approx(10.0))
+    compute = LayerTime("c", "conv2d", (1,), 1.0, 1.0, None, None, flops=5e7, dense_flops=5e7, bytes=1e6)
+    assert compute.bound(ceilings) == ("compute", pytest.approx(0.5))
+    assert compute.share_of_peak(ceilings) == pytest.approx(0.5)
 
 
 def test_trace_events(tmp_path):

@@ -79,7 +79,7 @@ def _data(name: str = "layer1.0.conv1") -> PageData:
             _layer("fc", structure="dense", sparsity=0.0),
             _layer("relu", structure=None, sparsity=None),
         ],
-        ceilings=Ceilings(200.0, 20.0, 2),
+        ceilings=Ceilings(200.0, 20.0, 2, 230.0, 60.0),
         training=[
             {"phase": "prune", "loss": 2.0, "train_accuracy": 0.3},
             {"phase": "train", "loss": 1.0, "test_accuracy": 0.6},
