@@ -25,18 +25,24 @@ SE_INLINE Vec gather_or_zero(const float* x, const int32_t* source) {
 #endif
 }
 
+// Tap by tap: the masks of a tap are the same for every channel and stay in registers.
 template <int V>
 void im2col_affine(const Im2colArgs& a) {
-    int64_t channel = a.channel0;
-    int tap = a.tap0;
-    float* tile = a.tile;
-    const float* plane = a.x + channel * int64_t(a.channel_stride) + a.pixel0;
-    for (int k = 0; k < a.columns; k++, tile += V * kLanes) {
-        const float* source = plane + a.tap_offset[tap];
-        const uint16_t* mask = a.tap_mask + tap * a.mask_stride;
+    constexpr int kWidth = V * kLanes;
+    for (int tap = 0; tap < a.taps; tap++) {
+        int first = tap >= a.tap0 ? tap - a.tap0 : tap - a.tap0 + a.taps;
+        if (first >= a.columns) continue;
+        int64_t channel = a.channel0 + (tap < a.tap0 ? 1 : 0);
+        const float* source = a.x + channel * int64_t(a.channel_stride) + a.pixel0 + a.tap_offset[tap];
+        const uint16_t* bits = a.tap_mask + tap * a.mask_stride;
+        Mask mask[V];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) store(tile + v * kLanes, load_bits(source + v * kLanes, lanes_of(mask, a.pixel0 + v * kLanes)));
-        if (++tap == a.taps) tap = 0, plane += a.channel_stride;
+        for (int v = 0; v < V; v++) mask[v] = mask_of(lanes_of(bits, a.pixel0 + v * kLanes));
+        float* tile = a.tile + size_t(first) * kWidth;
+        for (int k = first; k < a.columns; k += a.taps, source += a.channel_stride, tile += a.taps * kWidth) {
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) store(tile + v * kLanes, load_masked(source + v * kLanes, mask[v]));
+        }
     }
 }
 

@@ -45,6 +45,10 @@ SE_INLINE Vec at_most(Vec x, Vec high) { return _mm512_min_ps(high, x); }
 // The low lanes whose bit is set are read, the others are 0; memory under cleared lanes is not touched.
 SE_INLINE Vec load_bits(const float* p, uint32_t bits) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>(bits), p); }
 SE_INLINE void store_bits(float* p, Vec v, uint32_t bits) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>(bits), v); }
+// The same with the bits made ready beforehand, for loops that use them again and again.
+using Mask = __mmask16;
+SE_INLINE Mask mask_of(uint32_t bits) { return static_cast<__mmask16>(bits); }
+SE_INLINE Vec load_masked(const float* p, Mask mask) { return _mm512_maskz_loadu_ps(mask, p); }
 SE_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 SE_INLINE Vec round_to_int(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 SE_INLINE Vec scale_by_power_of_two(Vec v, Vec power) { return _mm512_scalef_ps(v, power); }
@@ -71,6 +75,9 @@ SE_INLINE __m256i lane_mask(uint32_t bits) {
 }
 SE_INLINE Vec load_bits(const float* p, uint32_t bits) { return _mm256_maskload_ps(p, lane_mask(bits)); }
 SE_INLINE void store_bits(float* p, Vec v, uint32_t bits) { _mm256_maskstore_ps(p, lane_mask(bits), v); }
+using Mask = __m256i;
+SE_INLINE Mask mask_of(uint32_t bits) { return lane_mask(bits); }
+SE_INLINE Vec load_masked(const float* p, Mask mask) { return _mm256_maskload_ps(p, mask); }
 SE_INLINE float sum(Vec v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -137,6 +144,9 @@ SE_INLINE Vec load_bits(const float* p, uint32_t bits) {
     SE_EACH r.lane[i] = (bits >> i & 1) ? p[i] : 0.0f;
     return r;
 }
+using Mask = uint32_t;
+SE_INLINE Mask mask_of(uint32_t bits) { return bits; }
+SE_INLINE Vec load_masked(const float* p, Mask mask) { return load_bits(p, mask); }
 SE_INLINE void store_bits(float* p, Vec v, uint32_t bits) { SE_EACH if (bits >> i & 1) p[i] = v.lane[i]; }
 SE_INLINE float sum(Vec v) {
     float s = 0;

@@ -26,12 +26,13 @@ from sparse_engine.convert.lower import (
     make_weight,
     panel_entries,
 )
+from sparse_engine.convert.parts import part_problems
 
 _ROUNDS = 7  # interleaved timings of each candidate
 _TARGET_SECONDS = 0.004  # of one timing: long enough for the clock, short enough for a hundred layers
 # (vectors, part) worth trying by panel: together they set how much of X a tile holds, 16 to 64 KB.
 _TILES = {
-    1: ((4, 128), (2, 256), (4, 192), (6, 128), (3, 256)),
+    1: ((4, 128), (3, 192), (2, 256), (4, 192), (3, 256), (6, 64)),
     2: ((4, 128), (4, 256), (2, 256)),
     4: ((6, 128), (6, 256), (4, 192)),
     8: ((2, 256), (3, 256)),
@@ -67,12 +68,15 @@ def choose(
     lowering = _Lowering(graph, share, None)
     lowering.emit_steps()
     residuals = {node.name for node in graph.nodes if node.op in ("conv2d", "linear") and len(node.inputs) == 2}
+    bands = part_problems(graph, threads) if batch == 1 and threads > 1 else {}
     known: dict[Any, dict[str, Any]] = {}
     found: dict[str, dict[str, Any]] = {}
-    for name, problem in lowering.problems.items():
+    for name, whole in lowering.problems.items():
+        # One image on several threads: what a thread has to do is a band of rows, all by itself.
+        problem, cores = (bands[name], 1) if name in bands else (whole, alone)
         key = _signature(problem, name in residuals)
         if key not in known:
-            known[key] = _tuned(problem, name in residuals, alone) if tune else _guessed(problem, alone)
+            known[key] = _tuned(problem, name in residuals, cores) if tune else _guessed(problem, cores)
         found[name] = dict(known[key], pixels=problem.pixels)
     return found
 

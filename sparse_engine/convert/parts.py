@@ -25,7 +25,15 @@ from torch import Tensor
 
 from sparse_engine import _C
 from sparse_engine.convert.graph import Graph, Node, shape_at
-from sparse_engine.convert.lower import _ALIGN, NativePlan, _contiguous_strides, _Lowering, _Place, _Storage
+from sparse_engine.convert.lower import (
+    _ALIGN,
+    LinearProblem,
+    NativePlan,
+    _contiguous_strides,
+    _Lowering,
+    _Place,
+    _Storage,
+)
 
 _ROWS = 3  # a part keeps at least so many rows of every value, or the halos outweigh the work
 _WORTH = 0.75  # of the graph's multiplications must be in layers that can be cut
@@ -208,7 +216,7 @@ class _PartLowering(_Lowering):
         name = node.inputs[0]
         first, last = self.own(node.output)
         low, high, above, below = window(_with_kernel(self.graph, node), first, last, self.height(name))
-        top, left, bottom, right = node.attrs["padding"]
+        _, left, bottom, right = node.attrs["padding"]
         if node.op == "avg_pool2d":  # its divisor depends on how far the padding goes, not on how far windows reach
             below = bottom if last == self.height(node.output) else 0
         # Under a name of its own: the same value may come in once more, as the residual.
@@ -216,6 +224,11 @@ class _PartLowering(_Lowering):
         self.places[seen] = self.rows(name, low, high)
         attrs = {**node.attrs, "padding": (above, left, below, right)}
         lower(replace(node, inputs=[seen, *node.inputs[1:]], attrs=attrs))
+        del self.places[seen]
+
+    def _may_overwrite(self, name: str, value: _Place, out: _Place) -> bool:
+        # The neighbours may still be copying what was exchanged at the beginning of this stage.
+        return name not in self.held and super()._may_overwrite(name, value, out)
 
     # -- stages
 
@@ -225,7 +238,7 @@ class _PartLowering(_Lowering):
             sizes = super().shape(name)
             storage = _Storage(max(1, math.prod(sizes)), index + 1)
             self.places[name] = _Place(storage, 0, sizes, tuple(_contiguous_strides(sizes)))
-        for node in graph.nodes:
+        for self.index, node in enumerate(graph.nodes):
             wanted = [name for name in node.inputs if self._is_exchanged(name)]
             if wanted:
                 self._begin_stage(wanted)
@@ -340,6 +353,16 @@ def compile_parts(graph: Graph, threads: int, choices: Any = None) -> PartedPlan
     native = _C.PartedPlan([plan for plan, _ in built], [ends for _, ends in built])
     shapes = [shape_at(graph.values[name].shape, 1) for name in cut.passed]
     return PartedPlan(native, graph.inputs, also, shapes, _Lowering(tail, 1, choices, threads).finish(threads))
+
+
+def part_problems(graph: Graph, parts: int) -> dict[str, LinearProblem]:
+    """By node name, what the first of `parts` threads computes for one image; empty where the graph is not cut."""
+    cut = find_cut(graph, parts)
+    if cut is None:
+        return {}
+    lowering = _PartLowering(replace(graph, outputs=cut.passed, nodes=graph.nodes[: cut.nodes]), None, cut, 0, parts)
+    lowering.emit_steps()
+    return lowering.problems
 
 
 class PartedPlan:
