@@ -3,6 +3,7 @@
     python -m bench.kernels layers            the sweep; --only resnet50 limits it, rows of the others stay
     python -m bench.kernels dlmc              the magnitude-pruned matrices in $SPARSE_ENGINE_DATA/dlmc
     python -m bench.kernels --quick layers    fewer shapes and sparsities, shorter; --full: more
+    python -m bench.kernels --resume          goes on where an interrupted run of the same command stopped
 
 Write bench/results/layers.json, layers_break_even.json and dlmc.json, and the plot docs/layers.svg.
 """
@@ -10,6 +11,7 @@ Write bench/results/layers.json, layers_break_even.json and dlmc.json, and the p
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 import statistics
@@ -28,7 +30,7 @@ import sparse_engine as se
 from bench import results_io
 from bench.networks import magnitude_mask
 from bench.peak import peak_gflops, peak_source
-from bench.rows import merged
+from bench.rows import Unfinished, merged
 
 PLOT = results_io.RESULTS.parent.parent / "docs" / "layers.svg"
 PAIRS = {"2:4": (2, 4), "1:4": (1, 4), "1:8": (1, 8), "1:16": (1, 16)}
@@ -214,14 +216,17 @@ def measure_layer(layer: Layer, structure: str, sparsity: float, threads: int, s
     }
 
 
-def run_layers(only: str, grid: str, threads: int) -> None:
+def run_layers(only: str, grid: str, threads: int, resume: bool) -> None:
     quick = grid == "quick"
+    unfinished = Unfinished("layers", resume)
     rows: list[dict[str, Any]] = []
     for layer in LAYERS:
         if only not in layer.name or (quick and layer.name not in QUICK_LAYERS):
             continue
         for structure, sparsity in patterns(grid):
-            rows.append(measure_layer(layer, structure, sparsity, threads, 0.08 if quick else 0.2))
+            key = (layer.name, structure, sparsity, quick, threads)
+            measure = functools.partial(measure_layer, layer, structure, sparsity, threads, 0.08 if quick else 0.2)
+            rows.append(unfinished.row(key, measure))
             print(
                 "{layer:32s} {structure:12s} {sparsity_%:5.1f} % {ms:9.4f} ms, {speed_up_over_dense:5.2f} x dense, "
                 "{share_of_peak_%:4.1f} % of peak".format(**rows[-1]),
@@ -242,6 +247,7 @@ def run_layers(only: str, grid: str, threads: int) -> None:
         "row-major activations. Dense: the faster of oneDNN convolutions (plain and channels-last, and as a 1x1 "
         "convolution for linear layers) and MKL's product. CSR: torch's, with the activations already transposed.",
     )
+    unfinished.finished()
     write_break_even(table)
     plot_layers(table)
 
@@ -333,8 +339,10 @@ def read_smtx(path: Path) -> Tensor:
         raise ValueError(
             f"{path}: {rows} rows and {count} entries are announced, {len(offsets)} and {len(indices)} found"
         )
-    values = torch.randn(count, generator=torch.Generator().manual_seed(0))
-    return torch.sparse_csr_tensor(offsets, indices, values, (rows, columns)).to_dense()
+    weight = torch.zeros(rows, columns)
+    of_row = torch.repeat_interleave(torch.arange(rows), offsets.diff())
+    weight[of_row, indices] = torch.randn(count, generator=torch.Generator().manual_seed(0))
+    return weight
 
 
 @torch.no_grad()
@@ -374,17 +382,18 @@ def measure_matrix(path: Path, columns: int, threads: int, seconds: float) -> di
     }
 
 
-def run_dlmc(quick: bool, threads: int) -> None:
+def run_dlmc(quick: bool, threads: int, resume: bool) -> None:
     folder = os.environ.get("SPARSE_ENGINE_DATA")
     place = Path(folder or ".") / "dlmc"
     if not place.is_dir():
         print("dlmc: skipped; set SPARSE_ENGINE_DATA to a folder that holds dlmc/")
         return
     pixels = dict(line.split(",") for line in (place / "rn50_batchsizes.txt").read_text().split())
-    rows = []
+    rows, unfinished = [], Unfinished("dlmc", resume)
     for path in sorted(place.rglob("*.smtx"))[:: 6 if quick else 1]:
         columns = int(pixels.get(path.stem, 256))
-        rows.append(measure_matrix(path, columns, threads, 0.1 if quick else 0.3))
+        measure = functools.partial(measure_matrix, path, columns, threads, 0.1 if quick else 0.3)
+        rows.append(unfinished.row((str(path.relative_to(place)), quick, threads), measure))
         print(
             "{matrix:52s} {sparsity_%} % {ms:8.4f} ms, {over_mkl_csr:5.2f} x CSR, {over_mkl_dense:5.2f} x dense".format(
                 **rows[-1]
@@ -416,21 +425,24 @@ def run_dlmc(quick: bool, threads: int) -> None:
         command=command,
         notes=notes,
     )
+    unfinished.finished()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer points, shorter")
     parser.add_argument("--full", action="store_true", help="the finest grid of sparsities")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of an interrupted run")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", default="", help="layers whose name contains this")
     parser.add_argument("part", nargs="*", choices=("layers", "dlmc"), default=["layers", "dlmc"])
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     if "layers" in options.part:
-        run_layers(options.only, "quick" if options.quick else "full" if options.full else "usual", options.threads)
+        grid = "quick" if options.quick else "full" if options.full else "usual"
+        run_layers(options.only, grid, options.threads, options.resume)
     if "dlmc" in options.part:
-        run_dlmc(options.quick, options.threads)
+        run_dlmc(options.quick, options.threads, options.resume)
 
 
 if __name__ == "__main__":
