@@ -390,7 +390,8 @@ PYBIND11_MODULE(_C, m) {
                  node->weight = weight.panels, node->bias = optional_floats(bias), node->pixels = pixels, node->vectors = std::max(1, std::min(vectors, kMaxVectors));
                  // One tap whose (single) phase is just the output's grid: a strided 1x1 convolution.
                  bool one_phase = use_phases && geo.taps() == 1 && !geo.pad_top && !geo.pad_left && !geo.pad_bottom && !geo.pad_right;
-                 bool direct = one_phase || (geo.pointwise() && (x.ref.buffer == 0 || pixels % lanes == 0));
+                 bool padded = source_stride >= whole && source.offset + (geo.channels - 1) * source_stride + whole <= b.floats(source.buffer);
+                 bool direct = one_phase || (geo.pointwise() && padded);
                  node->source = direct ? Source::planes : Source::taps;
                  if (direct) b.check_planes({source.buffer, source.offset}, geo.channels, source_stride, whole);
                  if (!direct) node->taps = std::make_shared<TapTable>(forward_taps(geo, phases));

@@ -141,6 +141,8 @@ struct KernelTable {
     void (*layer_norm_row)(const float* x, int64_t length, const float* weight, const float* bias, float eps, float* y);
     // y[i] = x[i · step]
     void (*copy)(const float* x, int64_t step, float* y, int64_t n);
+    // even[r · out_ld + i] = x[r · ld + 2i] for i < even_n and, unless odd is null, odd[r · out_ld + i] = x[r · ld + 2i + 1] for i < odd_n.
+    void (*split)(const float* x, int64_t ld, int64_t rows, int64_t even_n, int64_t odd_n, float* even, float* odd, int64_t out_ld);
     void (*add_into)(const float* x, int64_t step, float* y, int64_t n);  // y[i] += x[i · step]
     // Pooling, first down the rows and then along them: y[i] = max or sum of x[r · ld + i] over r < rows, and of x[i · step + s · dilation]
     // over s < taps. The latter may read two vectors past the last tap.

@@ -389,6 +389,47 @@ SE_INLINE void taps_into(const float* x, int taps, int64_t dilation, int64_t ste
     }
 }
 
+#if defined(__AVX512F__)
+template <bool Odd>
+SE_INLINE void split_rows(const float* x, int64_t ld, int64_t rows, int64_t even_n, int64_t odd_n, float* even, float* odd, int64_t out_ld) {
+    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odds = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    const int64_t most = std::max(even_n, Odd ? odd_n : 0), valid = std::max(2 * even_n - 1, Odd ? 2 * odd_n : 0);
+    auto bits = [](int64_t n) { return low_bits(std::clamp<int64_t>(n, 0, kLanes)); };
+    for (int64_t i = 0; i < most; i += kLanes) {  // columns outermost: all masks of a column are the same
+        const Mask low = mask_of(bits(valid - 2 * i)), high = mask_of(bits(valid - 2 * i - kLanes));
+        const uint32_t to_even = bits(even_n - i), to_odd = bits(odd_n - i);
+        const float* from = x + 2 * i;
+        float *e = even + i, *o = Odd ? odd + i : nullptr;
+        for (int64_t row = 0; row < rows; row++, from += ld, e += out_ld) {
+            Vec a = load_masked(from, low), b = load_masked(from + kLanes, high);
+            store_bits(e, _mm512_permutex2var_ps(a, evens, b), to_even);
+            if (Odd) {
+                store_bits(o, _mm512_permutex2var_ps(a, odds, b), to_odd);
+                o += out_ld;
+            }
+        }
+    }
+}
+#endif
+
+void split(const float* x, int64_t ld, int64_t rows, int64_t even_n, int64_t odd_n, float* even, float* odd, int64_t out_ld) {
+#if defined(__AVX512F__)
+    int64_t together = std::max(even_n, odd_n) > 2 * kLanes ? 1 : rows;  // wide rows one by one, in the order of memory
+    for (int64_t row = 0; row < rows; row += together)
+        if (odd) {
+            split_rows<true>(x + row * ld, ld, together, even_n, odd_n, even + row * out_ld, odd + row * out_ld, out_ld);
+        } else {
+            split_rows<false>(x + row * ld, ld, together, even_n, 0, even + row * out_ld, nullptr, out_ld);
+        }
+#else
+    for (int64_t row = 0; row < rows; row++) {
+        copy(x + row * ld, 2, even + row * out_ld, even_n);
+        if (odd) copy(x + row * ld + 1, 2, odd + row * out_ld, odd_n);
+    }
+#endif
+}
+
 void max_rows(const float* x, int64_t ld, int rows, float* y, int64_t n) {
     rows_into(x, ld, rows, y, n, [](Vec a, Vec b) { return larger(a, b); });
 }
@@ -417,6 +458,7 @@ void fill_elementwise(KernelTable& t) {
     t.spmv = spmv;
     t.gemv = gemv;
     t.copy = copy;
+    t.split = split;
     t.max_rows = max_rows;
     t.max_taps = max_taps;
     t.add_rows = add_rows;

@@ -293,6 +293,7 @@ void PhaseNode::run(Context& context) const {
     // Bands of rows outermost, so that threads keep their pixels.
     int64_t bands = context.threads > 1 && g.batch == 1 ? std::min<int64_t>(phases.grid_h, 2 * context.threads) : 1;
     int64_t planes = g.channels * g.batch;
+    auto columns_of = [&](int64_t px) { return std::min(phases.grid_w, g.width > px ? ceil_div(g.width - px, g.stride_w) : 0); };
     int64_t group = std::clamp<int64_t>(kItemWork * bands / (4 * count * grid), 1, planes), groups = ceil_div(planes, group);
     parallel_for(bands * groups, context.threads, [&](int64_t item, int) {
         int64_t band = item / groups, plane0 = item % groups * group;
@@ -300,19 +301,33 @@ void PhaseNode::run(Context& context) const {
         for (int64_t index = plane0; index < std::min(planes, plane0 + group); index++) {
             int64_t c = index % g.channels, n = index / g.channels;
             const float* source = in + n * stride_n + c * stride_c;
-            for (int64_t phase = 0; phase < count; phase++) {
+            // For the usual stride of two both columns of phases come from one pass over the rows.
+            bool pairs = g.stride_w == 2 && stride_w == 1 && phases.phase_x[0] == 0 && columns <= 2;
+            for (int64_t phase = 0; phase < count; phase += pairs ? columns : 1) {
                 int64_t py = phases.phase_y[phase / columns], px = phases.phase_x[phase % columns];
                 float* plane = to + (c * count + phase) * phases.plane_stride + n * grid;
                 int64_t rows = std::min(phases.grid_h, g.height > py ? ceil_div(g.height - py, g.stride_h) : 0);
-                int64_t wide = std::min(phases.grid_w, g.width > px ? ceil_div(g.width - px, g.stride_w) : 0);
-                for (int64_t i = row0; i < std::min(rows, row1); i++) {
-                    k.copy(source + (i * g.stride_h + py) * stride_h + px * stride_w, g.stride_w * stride_w, plane + i * phases.grid_w,
-                           wide);
-                    // Pixels off the input are masked by the taps, but must not be traps: keep them finite.
-                    std::memset(plane + i * phases.grid_w + wide, 0, size_t(phases.grid_w - wide) * sizeof(float));
+                int64_t wide = columns_of(px), last = std::min(rows, row1);
+                float* second = pairs && columns == 2 ? plane + phases.plane_stride : nullptr;
+                if (pairs && row0 < last) {
+                    k.split(source + (row0 * g.stride_h + py) * stride_h, g.stride_h * stride_h, last - row0, wide,
+                            second ? columns_of(1) : 0, plane + row0 * phases.grid_w, second ? second + row0 * phases.grid_w : nullptr,
+                            phases.grid_w);
+                } else {
+                    for (int64_t i = row0; i < last; i++)
+                        k.copy(source + (i * g.stride_h + py) * stride_h + px * stride_w, g.stride_w * stride_w, plane + i * phases.grid_w,
+                               wide);
                 }
-                int64_t empty = std::max(rows, row0);
-                if (empty < row1) std::memset(plane + empty * phases.grid_w, 0, size_t((row1 - empty) * phases.grid_w) * sizeof(float));
+                // Pixels off the input are masked by the taps, but must not be traps: keep them finite.
+                auto clear = [&](float* at, int64_t filled) {
+                    if (filled < phases.grid_w)
+                        for (int64_t i = row0; i < last; i++)
+                            std::memset(at + i * phases.grid_w + filled, 0, size_t(phases.grid_w - filled) * sizeof(float));
+                    int64_t empty = std::max(rows, row0);
+                    if (empty < row1) std::memset(at + empty * phases.grid_w, 0, size_t((row1 - empty) * phases.grid_w) * sizeof(float));
+                };
+                clear(plane, wide);
+                if (second) clear(second, columns_of(1));
             }
         }
     });

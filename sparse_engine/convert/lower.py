@@ -529,7 +529,8 @@ class _Lowering:
     def finish(self, threads: int) -> NativePlan:
         graph = self.graph
         self.emit_steps()
-        floats = [math.prod(self.shape(name)) for name in graph.inputs + graph.outputs] + [self.constant_floats]
+        outside = [self.outside(index, name) for index, name in enumerate(graph.inputs + graph.outputs)]
+        floats = [place.storage.floats for place in outside] + [self.constant_floats]
         plan = _C.Plan(self.arena, [max(1, n) for n in floats])
         for step in self.steps:
             step.emit(plan)
@@ -546,21 +547,22 @@ class _Lowering:
             if not self.native(name):
                 self.foreign.add(name)
                 continue
-            sizes = self.shape(name)
-            self.places[name] = _Place(
-                _Storage(max(1, math.prod(sizes)), index + 1), 0, sizes, tuple(_contiguous_strides(sizes))
-            )
+            self.places[name] = self.outside(index, name)
         for self.index, node in enumerate(graph.nodes):
             getattr(self, f"op_{node.op}")(node)
         for index, name in enumerate(graph.outputs):
             if name in self.foreign:
                 continue
-            source, sizes = self.places[name], self.shape(name)
-            buffer = len(graph.inputs) + index + 1
-            target = _Place(_Storage(max(1, math.prod(sizes)), buffer), 0, sizes, tuple(_contiguous_strides(sizes)))
-            if math.prod(sizes):
-                self.copy(source, target, f"output.{name}")
+            if math.prod(self.shape(name)):
+                target = self.outside(len(graph.inputs) + index, name)
+                self.copy(self.places[name], target, f"output.{name}")
         self.arena = self._memory_plan()
+
+    def outside(self, index: int, name: str) -> _Place:
+        """Where the caller keeps a value: inputs and outputs, counted together, are contiguous tensors."""
+        sizes = self.shape(name)
+        storage = _Storage(max(1, math.prod(sizes)), index + 1)
+        return _Place(storage, 0, sizes, tuple(_contiguous_strides(sizes)))
 
     def _memory_plan(self) -> int:
         """Offsets for all storages: the largest first, each at the lowest place that is free during its lifetime."""

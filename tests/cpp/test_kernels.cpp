@@ -447,6 +447,30 @@ TEST(strided_rows_of_pooling) {
         }
 }
 
+TEST(rows_split_into_even_and_odd) {
+    for (int64_t even_n : {1, 7, 14, 16, 28, 33})
+        for (int64_t odd_n : {int64_t(0), even_n - 1, even_n}) {
+            const int64_t rows = 3, ld = 2 * even_n + 5, out_ld = even_n + 2;
+            size_t needed = static_cast<size_t>((rows - 1) * ld + std::max(2 * even_n - 1, 2 * odd_n));
+            std::vector<float> x = Random(1).floats(needed), even(static_cast<size_t>(rows * out_ld), kPoison), odd = even;
+            kernels().split(x.data(), ld, rows, even_n, odd_n, even.data(), odd_n ? odd.data() : nullptr, out_ld);
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t i = 0; i < out_ld; i++) {
+                    size_t at = static_cast<size_t>(r * out_ld + i), from = static_cast<size_t>(r * ld + 2 * i);
+                    if (i < even_n) {
+                        CHECK_EQUAL(even[at], x[from]);
+                    } else {
+                        CHECK(std::isnan(even[at]));
+                    }
+                    if (i < odd_n) {
+                        CHECK_EQUAL(odd[at], x[from + 1]);
+                    } else {
+                        CHECK(std::isnan(odd[at]));
+                    }
+                }
+        }
+}
+
 TEST(windows_of_pooling) {
     for (int rows : {1, 2, 3, 5})
         for (int64_t n : {1, 7, 16, 17, 33}) {
