@@ -106,6 +106,7 @@ struct KernelTable {
     int lanes;
     SpmmKernel sparse[4][kMaxVectors + 1];  // [log2 panel][vectors], null where the registers don't hold it
     SpmmKernel dense[4][kMaxVectors + 1];
+    SpmmKernel sparse_half[kMaxVectors];  // panel 1: so many vectors and half a vector more; null where vectors have no halves
     int max_vectors[4];
     void (*im2col)(const Im2colArgs&);
     void (*depthwise)(const DepthwiseArgs&);

@@ -391,7 +391,8 @@ SE_INLINE void taps_into(const float* x, int taps, int64_t dilation, int64_t ste
 
 #if defined(__AVX512F__)
 template <bool Odd>
-SE_INLINE void split_rows(const float* x, int64_t ld, int64_t rows, int64_t even_n, int64_t odd_n, float* even, float* odd, int64_t out_ld) {
+SE_INLINE void split_rows(const float* x, int64_t ld, int64_t rows, int64_t even_n, int64_t odd_n, float* even, float* odd,
+                          int64_t out_ld) {
     const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i odds = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
     const int64_t most = std::max(even_n, Odd ? odd_n : 0), valid = std::max(2 * even_n - 1, Odd ? 2 * odd_n : 0);

@@ -170,6 +170,29 @@ SE_INLINE Vec sqrt(Vec v) {
 
 #endif
 
+// Half a vector costs half a slot of the FMA units and of the L1's ports.
+#if defined(__AVX512F__)
+using HalfVec = __m256;
+SE_INLINE HalfVec lower_half(Vec v) { return _mm512_castps512_ps256(v); }
+SE_INLINE HalfVec load_half(const float* p) { return _mm256_loadu_ps(p); }
+SE_INLINE void store_half(float* p, HalfVec v) { _mm256_storeu_ps(p, v); }
+SE_INLINE HalfVec fma(HalfVec a, HalfVec b, HalfVec c) { return _mm256_fmadd_ps(a, b, c); }
+SE_INLINE HalfVec add(HalfVec a, HalfVec b) { return _mm256_add_ps(a, b); }
+SE_INLINE HalfVec at_least(HalfVec x, HalfVec low) { return _mm256_max_ps(low, x); }
+SE_INLINE HalfVec at_most(HalfVec x, HalfVec high) { return _mm256_min_ps(high, x); }
+constexpr bool kHalves = true;
+#else
+constexpr bool kHalves = false;
+struct HalfVec {};
+SE_INLINE HalfVec lower_half(Vec) { return {}; }
+SE_INLINE HalfVec load_half(const float*) { return {}; }
+SE_INLINE void store_half(float*, HalfVec) {}
+SE_INLINE HalfVec fma(HalfVec, HalfVec, HalfVec c) { return c; }
+SE_INLINE HalfVec add(HalfVec a, HalfVec) { return a; }
+SE_INLINE HalfVec at_least(HalfVec x, HalfVec) { return x; }
+SE_INLINE HalfVec at_most(HalfVec x, HalfVec) { return x; }
+#endif
+
 SE_INLINE uint32_t low_bits(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
 
 // e^x to about 1 ulp over the whole range: x = n·ln2 + r, |r| ≤ ln2/2, a polynomial in r, then 2^n. NaN stays NaN.

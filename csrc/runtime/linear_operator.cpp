@@ -259,7 +259,9 @@ void SpmmNode::run(Context& context) const {
         if (residual_data)
             a.residual = residual_data + row0 * residual_stride + pixel0, a.residual_stride = static_cast<size_t>(residual_stride);
         a.low = epilogue.low(), a.high = epilogue.high();
-        SpmmKernel kernel = table[tile_vectors];
+        // Half of the last vector is enough where the image ends there.
+        bool half = table == k.sparse[0] && k.sparse_half[0] && destination == Destination::planes && pixels - pixel0 <= width - lanes / 2;
+        SpmmKernel kernel = half ? k.sparse_half[tile_vectors - 1] : table[tile_vectors];
         for (int part = 0; part < w.parts; part++) {
             int64_t column0 = int64_t(part) * w.options.part, columns = std::min<int64_t>(w.options.part, w.cols - column0);
             const PanelSegment& segment = w.segment(static_cast<int>(block), part);
