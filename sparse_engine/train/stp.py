@@ -96,7 +96,7 @@ class StimulativeTraining(Objective):
     ) -> None:
         check_stp(part)
         self.supernet, self.part = supernet, part
-        self.cost = cost or (Latency(measure=executable_time) if part.cost == "latency" else cost_named(part.cost))
+        self.cost = cost or (Latency(measure=agreed_time) if part.cost == "latency" else cost_named(part.cost))
         self.steps = steps
         self.share = 0.0
         self.generator = torch.Generator().manual_seed(seed)
@@ -443,6 +443,15 @@ def verify_extraction(supernet: Supernet, subnet: Subnet, network: nn.Module, in
             "scale; please report this model"
         )
     return error
+
+
+def agreed_time(layer: nn.Module, x: Tensor) -> float:
+    """The first process's `executable_time` of a layer, on every process: all of them have to make the same cuts."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return executable_time(layer, x)
+    box = [executable_time(layer, x) if torch.distributed.get_rank() == 0 else 0.0]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def executable_time(layer: nn.Module, x: Tensor) -> float:

@@ -12,6 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparse_engine.prune.structured import load_compact
+from sparse_engine.train import models
+
 ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
@@ -77,3 +80,23 @@ def test_two_processes_agree_with_each_other_and_with_one(tmp_path, recipe, opti
         assert torch.equal(value, together[name])
     rows = json.loads((two / "log.json").read_text())
     assert [row["phase"] for row in rows].count("train") == 2
+
+
+def test_two_processes_agree_on_the_subnet_of_stp(tmp_path):
+    """Batch norm sees half a batch in each process, so the result is not that of one; but all processes make the same
+    cuts, train the same weights and measure the same statistics for the subnet."""
+    options = {
+        "model.options": {"option": "B", "width": 4}, "model.name": "resnet14", "stp.target": 0.5, "stp.pool": 2,
+        "stp.calibration": 3,
+    }  # fmt: skip
+    out = launch(tmp_path, "stp", options, 2)
+    first, second = (torch.load(f"{out}-rank{rank}.pt") for rank in (0, 1))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    found = json.loads((out / "summary.json").read_text())["stp"]
+    assert found["cost"] <= 0.5 * found["full_cost"]
+    dense = models.build("resnet14", num_classes=10, in_channels=1, option="B", width=4)
+    small = load_compact(out / "compact.safetensors", dense)
+    for name, value in small.state_dict().items():
+        assert torch.equal(value, first[name]), name

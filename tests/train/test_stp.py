@@ -155,6 +155,32 @@ def test_a_latency_target_is_measured_on_executables():
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.model.parameters())
 
 
+def test_a_recipe_with_a_latency_target(tmp_path, monkeypatch):
+    """`stp.cost=latency` goes from data to a subnet of at most so many milliseconds, here on a made-up clock."""
+    asked: list[tuple[int, ...]] = []
+
+    def clock(layer: torch.nn.Module, x: torch.Tensor) -> float:
+        asked.append(tuple(layer.weight.shape))
+        return layer.weight.numel() * 1e-3
+
+    monkeypatch.setattr("sparse_engine.train.stp.executable_time", clock)
+    whole = family()
+    settings = {
+        "model.name": "resnet14", "model.options": {"option": "B", "width": 4}, "data.limit": 128, "train.epochs": 2,
+        "train.batch_size": 32, "stp.cost": "latency", "stp.pool": 2, "stp.calibration": 2, "convert.enabled": False,
+        "stp.target": 0.5 * whole.cost(whole.full, Latency(measure=clock)),
+    }  # fmt: skip
+    result = run("stp", "digits", out=tmp_path / "run", progress=False, **settings)
+    found = result.summary["stp"]
+    assert found["unit"] == "ms"
+    assert found["cost"] <= settings["stp.target"] < found["full_cost"]
+    assert len(set(asked)) > 4
+    weights = [m.weight for m in result.model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    assert sum(weight.numel() for weight in weights) < 0.7 * sum(
+        m.weight.numel() for m in whole.model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)
+    )
+
+
 def test_errors():
     with pytest.raises(PruneError, match="out of reach"):
         StimulativeTraining(family(), StpPart(target=0.01))
