@@ -10,7 +10,7 @@ from torch import float32, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from sparse_engine.errors import FileFormatError, ShapeError, StructureError
+from sparse_engine.errors import FileFormatError, ShapeError, SparseEngineError, StructureError
 from sparse_engine.ops import native
 from sparse_engine.ops.pattern import Pattern
 from sparse_engine.ops.sparse_conv2d import EagerConv2d, output_size, resolve_padding, sparse_conv2d
@@ -91,6 +91,16 @@ class SparseLayer(nn.Module):
     _template: PackedWeight
     _native: native.NativeProduct | None
     _full: bool
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 puts its shards here, frees and refills the whole values' memory around each pass, and does so behind
+        # the version counter by which the native products notice new values.
+        if name == "values" and hasattr(value, "device_mesh"):
+            raise SparseEngineError(
+                f"{type(self).__name__}: FSDP2 cannot cut the values of a sparse layer into shards; use "
+                "DistributedDataParallel, or densify_ the model and keep its zeros with se.prune.hold_masks"
+            )
+        super().__setattr__(name, value)
 
     def _adopt(self, packed: PackedWeight) -> None:
         """Take over another pattern (not its values)."""

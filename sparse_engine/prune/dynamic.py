@@ -14,7 +14,7 @@ from sparse_engine.structure import Block, Channel, Structure, Unstructured
 
 from .api import prune
 from .criteria import Criterion, Evidence, Weights
-from .masks import is_sparse_layer, masks, set_masks
+from .masks import is_sparse_layer, masks, refuse_sharded, set_masks
 from .schedule import Cubic, Schedule
 from .select import group_scores, top_k_mask, ungroup
 
@@ -120,6 +120,7 @@ class DynamicMask:
     ) -> None:
         if method not in METHODS:
             raise PruneError(f"method is {method!r}; it has to be one of {', '.join(METHODS)}")
+        refuse_sharded(model, "dropping and growing weights")
         if every < 1 or not 0 <= fraction <= 1 or not 0 <= stop <= 1:
             raise PruneError(f"every={every} has to be at least 1, fraction={fraction} and stop={stop} in 0..1")
         self.model = model

@@ -8,6 +8,7 @@ exact zeros, which every other tool can read.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -48,8 +49,10 @@ def prunable_weights(model: nn.Module, ignore: Ignore = ()) -> dict[str, nn.Para
         A dict from qualified parameter name to the parameter itself (not a copy).
 
     Raises:
-        PruneError: if an entry of ``ignore`` matches nothing, which is nearly always a misspelling.
+        PruneError: if an entry of ``ignore`` matches nothing, which is nearly always a misspelling; if FSDP2 has
+            already cut the weights into shards.
     """
+    refuse_sharded(model, "choosing weights")
     rules = _Rules(ignore)
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
@@ -89,6 +92,33 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
         for attribute, mask in stored.items():
             out[f"{module_name}.{attribute}" if module_name else attribute] = mask
     return out
+
+
+def is_sharded(tensor: Tensor | None) -> bool:
+    """Whether a tensor is a ``DTensor``, of which each process holds a shard: what FSDP2 makes of parameters.
+
+    Example::
+
+        fully_shard(layer)
+        is_sharded(layer.weight)        # True
+    """
+    loaded = sys.modules.get("torch.distributed.tensor")  # a DTensor cannot exist before this is imported
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
+
+
+def refuse_sharded(model: nn.Module, what: str) -> None:
+    """Raise PruneError where FSDP2 has cut a model's parameters; ``what`` needs whole weights.
+
+    Example::
+
+        refuse_sharded(model, "growing weights by gradient")
+    """
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise PruneError(
+                f"{what} needs whole weights, but {name!r} is a shard on each process (FSDP2); do it before "
+                "fully_shard: masks stay on the model and are held on the shards"
+            )
 
 
 def is_sparse_layer(module: nn.Module) -> bool:
@@ -138,7 +168,7 @@ def set_masks(model: nn.Module, new: dict[str, Tensor], *, apply: bool = True) -
         store = module.__dict__.setdefault(_ATTRIBUTE, {})
         store[attribute] = mask.to(parameter.device, copy=True)
         if apply:
-            parameter.data.masked_fill_(~store[attribute], 0)
+            _zero_(parameter.data, store[attribute])
 
 
 @torch.no_grad()
@@ -150,7 +180,7 @@ def apply_masks_(model: nn.Module) -> None:
         apply_masks_(model)
     """
     for _, _, parameter, mask in _stored(model):
-        parameter.data.masked_fill_(~mask, 0)
+        _zero_(parameter.data, mask)
 
 
 def squash_(model: nn.Module) -> nn.Module:
@@ -204,6 +234,7 @@ def hold_masks(model: nn.Module, optimizer: torch.optim.Optimizer, *, mask_gradi
 
     Args:
         model: the pruned model; masks are looked up at every step, so a mask that changes during training is followed.
+            It may have been through FSDP2's ``fully_shard`` since it was pruned.
         optimizer: the optimiser that updates its weights.
         mask_gradients: also zero the gradients of removed weights before the step, so that they enter neither the
             optimiser's state nor an adaptive step size. Dynamic methods that read dense gradients must read them before
@@ -218,10 +249,21 @@ def hold_masks(model: nn.Module, optimizer: torch.optim.Optimizer, *, mask_gradi
         def clear(*_: object) -> None:
             for _, _, parameter, mask in _stored(model):
                 if parameter.grad is not None:
-                    parameter.grad.masked_fill_(~mask, 0)
+                    _zero_(parameter.grad, mask)
 
         handles.append(optimizer.register_step_pre_hook(clear))
     return MaskHold(handles)
+
+
+def _zero_(tensor: Tensor, mask: Tensor) -> None:
+    """Set to zero what a mask of the whole weight removes; of a sharded tensor every process sets its own part."""
+    if is_sharded(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        # every process has the same mask: nothing is sent
+        mask = distribute_tensor(mask, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+        tensor = tensor.to_local()
+    tensor.masked_fill_(~mask, 0)
 
 
 def _own_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
