@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.results_io import RESULTS
 from sparse_engine.coreset import default_alpha
 from sparse_engine.io.atomic import atomic_write_text
 
+from . import stp
 from .study import (
     ALPHAS,
     BASELINES,
@@ -33,6 +35,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "reproduction.md"
 ERRORS = 1.0
 #: seeds below which a claim is not judged
 SEEDS = 2
+NOT_RUN = "not run"
 NOT_JUDGED = f"not yet judged (fewer than {SEEDS} seeds)"
 
 INTRODUCTION = (
@@ -351,6 +354,128 @@ def tables(rows: Rows) -> list[str]:
     return out
 
 
+def stp_section() -> list[str]:
+    """STP on every data set that it was run on: settings, claims, table."""
+    lines = ["## Stimulative-training-guided pruning (STP)", ""]
+    names = sorted(path.stem.removeprefix("reproduction_stp_") for path in RESULTS.glob("reproduction_stp_*.json"))
+    for name in names:
+        stored = stp.stored(name)
+        lines += [f"### {name}", "", _stp_described(stored), "", "| claim | verdict | figures |", "| --- | --- | --- |"]
+        lines += [f"| {' | '.join(entry)} |" for entry in stp_claims(stored)]
+        lines += ["", *_stp_table(stored), ""]
+    if not names:
+        lines += ["Not yet run (`python -m bench.repro.stp run --help`).", ""]
+    return lines
+
+
+def stp_claims(stored: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """(claim, verdict, figures) for one data set."""
+    out = []
+    targets = sorted({row["target"] for row in stored if row["method"] != "dense"}, reverse=True)
+    dense = _stp_figure(stored, "dense", 1.0)
+    retained = [
+        f"{100 * figure.mean / dense.mean:.1f} % at −{100 - 100 * target:g} % FLOPs ({len(figure.values)})"
+        for target in targets
+        if (figure := _stp_figure(stored, "stp", target)).values and dense.values
+    ]
+    claim = "95 % of the accuracy is retained at −85 % FLOPs without fine-tuning (the paper's, on ImageNet)"
+    last = _stp_figure(stored, "stp", 0.15)
+    verdict = NOT_RUN
+    if last.values and dense.values:
+        verdict = "reproduced" if last.mean / dense.mean >= 0.95 else "not reproduced"
+        verdict += f" ({_counted(len(last.values))})"
+    out.append((claim, verdict, ", ".join(retained)))
+    rivals = (
+        ("l1 filters, no fine-tuning", "STP without fine-tuning is above L1 filters without fine-tuning"),
+        ("l1 filters + fine-tuning", "STP without fine-tuning is above L1 filters with fine-tuning"),
+        ("slimming + fine-tuning", "STP without fine-tuning is above network slimming with fine-tuning"),
+        ("uniform width from scratch", "STP is above a uniformly thinner network trained from scratch"),
+        ("random pool member", "the search is above a random member of the pool"),
+        ("stp, random cuts", "guidance by KD is above random cuts"),
+        ("stp, no expansion", "mutating expansion helps"),
+        ("stp, width only", "depth and width together are above width alone"),
+        ("stp, depth only", "depth and width together are above depth alone"),
+    )
+    for rival, claim in rivals:
+        both = [(t, _stp_figure(stored, "stp", t), _stp_figure(stored, rival, t)) for t in targets]
+        both = [(t, first, second) for t, first, second in both if first.values and second.values]
+        verdict, _, count = compare([(first, second) for _, first, second in both])
+        if not count:
+            verdict = f"not judged ({_counted(1)})" if both else NOT_RUN
+        figures = ", ".join(f"{a.mean - b.mean:+.1f} at −{100 - 100 * t:g} %" for t, a, b in both)
+        out.append((claim, verdict, figures))
+    out.append(_relative_sparsity(stored, targets))
+    return out
+
+
+def _relative_sparsity(stored: list[dict[str, Any]], targets: list[float]) -> tuple[str, str, str]:
+    """Whether the kept weights stand out more against the dropped ones than a dense network's larger half does."""
+    claim = "kept weights grow and dropped ones stay: their ratio is above that of a dense network's halves"
+
+    def ratio(row: dict[str, Any]) -> float:
+        return row["kept_magnitude"] / row["dropped_magnitude"] if row["dropped_magnitude"] else float("inf")
+
+    dense = [ratio(row) for row in stored if row["method"] == "dense"]
+    found = {t: [ratio(row) for row in stored if row["method"] == "stp" and row["target"] == t] for t in targets}
+    found = {t: values for t, values in found.items() if values}
+    if not dense or not found:
+        return claim, NOT_RUN, ""
+    base = statistics.fmean(dense)
+    above = all(statistics.fmean(values) > base for values in found.values())
+    figures = ", ".join(f"{statistics.fmean(values):.2f} at −{100 - 100 * t:g} %" for t, values in found.items())
+    seeds = min(map(len, found.values()))
+    return claim, f"{'reproduced' if above else 'not reproduced'} ({_counted(seeds)})", f"{figures}; dense {base:.2f}"
+
+
+def _stp_figure(stored: list[dict[str, Any]], method: str, target: float) -> Figure:
+    return Figure(tuple(100 * r["accuracy"] for r in stored if r["method"] == method and r["target"] == target))
+
+
+def _counted(seeds: int) -> str:
+    return f"{seeds} seed" if seeds == 1 else f"{seeds} seeds"
+
+
+def _stp_described(stored: list[dict[str, Any]]) -> str:
+    row = stored[-1]
+    start = (
+        f"Everything but the width trained from scratch starts from the checkpoint {row['checkpoint']} and learns at "
+        f"{stp.TUNING_RATE:g} of the rate; what is dense is that checkpoint."
+        if row["checkpoint"]
+        else f"Fine-tuning takes half of the epochs and {stp.TUNING_RATE:g} of the rate."
+    )
+    samples = f" on the first {row['samples']} training samples" if row["samples"] else ""
+    minutes = sum(entry["cpu_seconds"] for entry in stored) / 60
+    dates = sorted(entry["date"] for entry in stored)
+    return (
+        f"{row['model']}, width {row['width']}, shortcuts of option {row['option']}; {row['epochs']} epochs{samples} "
+        f"for every method, batch {row['batch_size']}, SGD with momentum 0.9, weight decay 1e-4, "
+        f"cosine from {row['learning_rate']:g}{', bfloat16 autocast' if row['amp'] else ''}; "
+        f"pool of {row['pool']} depths, {row['rounds']} sample{'s' if row['rounds'] > 1 else ''} before a cut. "
+        f"{start} Accuracies are of the whole test set. "
+        f"{len(stored)} runs, {minutes:.0f} minutes of processor time, {dates[0]} to {dates[-1]}. The paper trains for "
+        "200 epochs on CIFAR-100 and ImageNet."
+    )
+
+
+def _stp_table(stored: list[dict[str, Any]]) -> list[str]:
+    timed = any("latency_ms" in row for row in stored)
+    title = "| method | FLOPs left, % | accuracy, % | of dense, % |"
+    lines = [title + (" executable, ms |" if timed else ""), "| --- |" + " ---: |" * (4 if timed else 3)]
+    dense = _stp_figure(stored, "dense", 1.0)
+    cells = sorted({(row["target"], row["method"]) for row in stored}, key=lambda c: (-c[0], stp.order(c[1])))
+    for target, method in cells:
+        rows = [row for row in stored if (row["target"], row["method"]) == (target, method)]
+        figure = _stp_figure(stored, method, target)
+        flops = 100 * statistics.fmean(row["flops"] for row in rows)
+        share = f"{100 * figure.mean / dense.mean:.1f}" if dense.values else "—"
+        line = f"| {method} | {flops:.1f} | {figure} | {share} |"
+        if timed:
+            times = [row["latency_ms"] for row in rows if "latency_ms" in row]
+            line += f" {statistics.fmean(times):.3f} |" if times else " — |"
+        lines.append(line)
+    return lines
+
+
 def write() -> Path:
     """Write the page from what is stored; returns its path."""
     stored: list[dict[str, Any]] = []
@@ -394,6 +519,7 @@ def write() -> Path:
             *tables(rows),
             "",
         ]
+    lines += stp_section()
     failed = [row for row in stored if "error" in row]
     if failed:
         lines += ["## Runs that ended in an error", ""]

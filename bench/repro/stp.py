@@ -59,6 +59,11 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NETWORKS = results_io.RESULTS.parent.parent / "build" / "bench" / "stp"
 
 
+def order(method: str) -> int:
+    """A method's place in tables."""
+    return METHODS.index(method) if method in METHODS else -1
+
+
 def results_name(name: str) -> str:
     """The result file of a reproduction."""
     return f"reproduction_stp_{name}"
