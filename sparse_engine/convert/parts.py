@@ -226,9 +226,9 @@ class _PartLowering(_Lowering):
         lower(replace(node, inputs=[seen, *node.inputs[1:]], attrs=attrs))
         del self.places[seen]
 
-    def _may_overwrite(self, name: str, value: _Place, out: _Place) -> bool:
+    def _is_done_with(self, name: str) -> bool:
         # The neighbours may still be copying what was exchanged at the beginning of this stage.
-        return name not in self.held and super()._may_overwrite(name, value, out)
+        return name not in self.held and super()._is_done_with(name)
 
     # -- stages
 
