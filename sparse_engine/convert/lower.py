@@ -595,43 +595,6 @@ class _Lowering:
             top = max(top, offset + floats)
         return top
 
-    def outside(self, index: int, name: str) -> _Place:
-        """Where the caller keeps a value: inputs and outputs, counted together, are contiguous tensors."""
-        sizes = self.shape(name)
-        storage = _Storage(max(1, math.prod(sizes)), index + 1)
-        return _Place(storage, 0, sizes, tuple(_contiguous_strides(sizes)))
-
-    def _memory_plan(self) -> int:
-        """Offsets for all storages: the largest first, each at the lowest place that is free during its lifetime."""
-        for index, step in enumerate(self.steps):
-            for place in (*step.reads, *step.writes):
-                root = place.storage.root()[0]
-                root.first, root.last = min(root.first, index), max(root.last, index)
-        roots = {
-            id(root): root
-            for step in self.steps
-            for place in (*step.reads, *step.writes)
-            if (root := place.storage.root()[0]).buffer == 0
-        }
-        placed: list[_Storage] = []
-        top = 0
-        for storage in sorted(roots.values(), key=lambda s: (-s.floats, s.first)):
-            floats = -(-storage.floats // _ALIGN) * _ALIGN + _ALIGN
-            busy = sorted(
-                (other.offset, other.offset + -(-other.floats // _ALIGN) * _ALIGN + _ALIGN)
-                for other in placed
-                if other.first <= storage.last and storage.first <= other.last
-            )
-            offset = 0
-            for begin, end in busy:
-                if offset + floats <= begin:
-                    break
-                offset = max(offset, end)
-            storage.offset = offset
-            placed.append(storage)
-            top = max(top, offset + floats)
-        return top
-
     # -- linear operators
 
     def op_conv2d(self, node: Node) -> None:
