@@ -156,7 +156,7 @@ def _tuned(problem: LinearProblem, residual: bool, threads: int) -> dict[str, An
     dense = [s for choice, s in zip(options, seconds, strict=True) if choice.kernel == "dense"]
     dense_ms = min(dense) * 1e3 if dense else None
     chosen, ms = options[best], seconds[best] * 1e3
-    density = numpy.count_nonzero(problem.weight) / max(1, problem.weight.size)
+    density = problem.nonzeros / max(1, problem.rows * problem.columns)
     if chosen.kernel == "depthwise":
         reason = "depthwise: one shifted read per tap"
     elif chosen.kernel == "vector":

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping
+from typing import TYPE_CHECKING
 
+import numpy
 import torch
 from torch import Tensor
 
 from sparse_engine.errors import StructureError
 from sparse_engine.packed import PackedWeight
+
+if TYPE_CHECKING:
+    from sparse_engine.convert.graph import Graph
 
 
 class PackedConstants(MutableMapping[str, Tensor]):
@@ -52,6 +57,35 @@ class PackedConstants(MutableMapping[str, Tensor]):
             item.nbytes if isinstance(item, PackedWeight) else item.numel() * item.element_size()
             for item in self.stored.values()
         )
+
+
+def constant_shape(graph: Graph, name: str) -> tuple[int, ...]:
+    """The shape of a graph's constant, which is not unpacked for that."""
+    item = graph.constants.stored[name] if isinstance(graph.constants, PackedConstants) else graph.constants[name]
+    return tuple(item.shape)
+
+
+def constant_nonzeros(graph: Graph, name: str) -> int:
+    """How many entries of a graph's constant are not zero (or, where it is packed, are kept)."""
+    item = graph.constants.stored[name] if isinstance(graph.constants, PackedConstants) else graph.constants[name]
+    return item.nnz if isinstance(item, PackedWeight) else int(torch.count_nonzero(item))
+
+
+def constant_csr(graph: Graph, name: str) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+    """row_ptr (int64), columns (int32) and values of a constant as a matrix of its first dimension's rows.
+
+    A packed one is not made dense for that, which would take ten times the memory at 90 % zeros.
+    """
+    item = graph.constants.stored[name] if isinstance(graph.constants, PackedConstants) else graph.constants[name]
+    if isinstance(item, PackedWeight):
+        csr = item.csr()
+        values = item.values if csr.order is None else item.values[csr.order]
+        return csr.row_ptr.numpy(), csr.cols.numpy(), values.detach().to(torch.float32).numpy()
+    weight = item.detach().flatten(1).to(torch.float32).numpy()
+    rows, cols = numpy.nonzero(weight)
+    row_ptr = numpy.zeros(weight.shape[0] + 1, dtype=numpy.int64)
+    numpy.cumsum(numpy.bincount(rows, minlength=weight.shape[0]), out=row_ptr[1:])
+    return row_ptr, cols.astype(numpy.int32), weight[rows, cols]
 
 
 def pack(item: Tensor | PackedWeight) -> Tensor | PackedWeight:

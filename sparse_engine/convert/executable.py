@@ -383,7 +383,8 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Executa
     contents = read_spx(path)
     attributes: Mapping[str, Any] = contents.attributes
     try:
-        graph = Graph.from_json(contents.graph, contents.dense())
+        graph = Graph.from_json(contents.graph, contents.outline())
+        graph.constants = PackedConstants(contents.constants)
         report = attributes.get("report")
         stored = attributes.get("threads")
         choices = attributes.get("choices")
@@ -397,7 +398,8 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Executa
             threads=threads if threads is not None else stored,
             report=None if report is None else Report.from_json(report),
         )
-        executable.pack(PackedConstants(contents.constants))
+        if not executable.native:  # the reference reads weights as they are
+            graph.constants = contents.dense()
         return executable
     except (ConvertError, FileFormatError) as error:
         raise FileFormatError(f"{Path(path)}: {error}") from None

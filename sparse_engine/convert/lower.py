@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sparse_engine import _C
+from sparse_engine.convert.constants import constant_csr, constant_shape
 from sparse_engine.convert.graph import Dim, Graph, Node, shape_at, shape_from_json
 from sparse_engine.convert.independence import samples_are_independent
 from sparse_engine.errors import ConvertError
@@ -140,11 +141,44 @@ class LinearProblem:
     """What is to be computed by one conv2d or linear node: enough to choose a kernel for it."""
 
     name: str
-    weight: numpy.ndarray  # [rows, columns of its group]
+    source: numpy.ndarray | Callable[[], numpy.ndarray]  # the weight, or what unpacks it
     rows: int
     groups: int
     geometry: dict[str, Any]  # as _C.Plan.conv takes it, with n, h, w
     pixels: int
+
+    rows_of_weight: Callable[[], tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]] | None = None
+    _weight: numpy.ndarray | None = None
+
+    def csr(self) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
+        """row_ptr, columns and values of the weight, with columns counted over all groups."""
+        if self.rows_of_weight is None or self._weight is not None:
+            return csr_arrays(self.weight, self.groups)
+        row_ptr, cols, values = self.rows_of_weight()
+        return row_ptr, _over_groups(row_ptr, cols, self.groups, self.columns), values
+
+    @property
+    def nonzeros(self) -> int:
+        """Entries of the weight that are not zero."""
+        if self.rows_of_weight is None or self._weight is not None:
+            return int(numpy.count_nonzero(self.weight))
+        return int(self.rows_of_weight()[0][-1])
+
+    @property
+    def weight(self) -> numpy.ndarray:
+        """The dense weight [rows, columns of its group]; see `forget`."""
+        if self._weight is None:
+            self._weight = self.source() if callable(self.source) else self.source
+        return self._weight
+
+    def forget(self) -> None:
+        """Let go of a weight that was unpacked; it is unpacked again when somebody asks for it."""
+        self._weight = None
+
+    @property
+    def columns(self) -> int:
+        """Columns of a group."""
+        return self.channels * self.taps // self.groups
 
     @property
     def channels(self) -> int:
@@ -165,12 +199,7 @@ class LinearProblem:
 
     @property
     def vector(self) -> bool:
-        return (
-            self.pixels == 1
-            and self.groups == 1
-            and self.channels * self.taps == self.weight.shape[1]
-            and self.pointwise
-        )
+        return self.pixels == 1 and self.groups == 1 and self.pointwise
 
 
 _WIDE_PANELS = LANES == 16  # the register file holds 8 rows × 3 vectors
@@ -198,7 +227,7 @@ def default_choice(problem: LinearProblem, threads: int = 0) -> LinearChoice:
     if problem.vector:
         return LinearChoice("vector")
     best = min(_PANEL_COST, key=lambda panel: panel_entries(problem.weight, panel) * _PANEL_COST[panel])
-    columns = problem.weight.shape[1]
+    columns = problem.columns
     dense = (
         problem.groups == 1 and panel_entries(problem.weight, best) * _PANEL_COST[best] >= 0.97 * problem.rows * columns
     )
@@ -360,28 +389,33 @@ def csr_arrays(weight: numpy.ndarray, groups: int) -> tuple[numpy.ndarray, numpy
     rows, cols = numpy.nonzero(weight)
     row_ptr = numpy.zeros(weight.shape[0] + 1, dtype=numpy.int64)
     numpy.cumsum(numpy.bincount(rows, minlength=weight.shape[0]), out=row_ptr[1:])
-    if groups > 1:
-        cols = cols + rows // (weight.shape[0] // groups) * weight.shape[1]
-    return row_ptr, cols.astype(numpy.int32), weight[numpy.nonzero(weight)]
+    return row_ptr, _over_groups(row_ptr, cols.astype(numpy.int32), groups, weight.shape[1]), weight[rows, cols]
+
+
+def _over_groups(row_ptr: numpy.ndarray, cols: numpy.ndarray, groups: int, columns: int) -> numpy.ndarray:
+    """Columns of a group's part of the input, counted over the whole input."""
+    if groups == 1:
+        return cols
+    rows = len(row_ptr) - 1
+    row = numpy.repeat(numpy.arange(rows), numpy.diff(row_ptr))
+    return (cols + row // (rows // groups) * columns).astype(numpy.int32)
 
 
 def make_weight(problem: LinearProblem, choice: LinearChoice) -> Any:
     """The `_C.Weight` of a choice."""
-    weight = problem.weight
-    columns = weight.shape[1] * problem.groups
+    shape = (problem.rows, problem.columns)
     if choice.kernel == "depthwise":
-        return _C.Weight.vector(None, None, weight, *weight.shape)
+        return _C.Weight.vector(None, None, problem.weight, *shape)
     if choice.kernel == "vector":
-        if numpy.count_nonzero(weight) > 0.5 * weight.size:
-            return _C.Weight.vector(None, None, weight, *weight.shape)
-        row_ptr, cols, values = csr_arrays(weight, 1)
-        return _C.Weight.vector(row_ptr, cols, values, *weight.shape)
+        if problem.nonzeros > 0.5 * problem.rows * problem.columns:
+            return _C.Weight.vector(None, None, problem.weight, *shape)
+        return _C.Weight.vector(*problem.csr(), *shape)
     if choice.kernel == "dense":
         if problem.groups != 1:
             raise ConvertError(f"{problem.name}: the dense kernel has no groups")
-        return _C.Weight.dense(weight, choice.panel, choice.part, choice.row_block)
-    row_ptr, cols, values = csr_arrays(weight, problem.groups)
-    return _C.Weight.sparse(row_ptr, cols, values, columns, choice.panel, choice.part, choice.row_block)
+        return _C.Weight.dense(problem.weight, choice.panel, choice.part, choice.row_block)
+    columns = problem.columns * problem.groups
+    return _C.Weight.sparse(*problem.csr(), columns, choice.panel, choice.part, choice.row_block)
 
 
 def add_linear(
@@ -511,6 +545,17 @@ class _Lowering:
         storage = _Storage(padded, self.constants_buffer, offset)
         return _Place(storage, 0, array.shape, tuple(_contiguous_strides(array.shape)))
 
+    def weight_shape(self, node: Node) -> tuple[int, ...]:
+        return constant_shape(self.graph, node.params["weight"])
+
+    def problem(self, node: Node, rows: int, groups: int, geometry: dict[str, Any], pixels: int) -> LinearProblem:
+        """What a linear operator computes; its weight is read when somebody asks for it."""
+        graph, name = self.graph, node.params["weight"]
+        return LinearProblem(
+            node.name, lambda: _array(graph.constants[name].flatten(1)), rows, groups, geometry, pixels,
+            lambda: constant_csr(graph, name)
+        )  # fmt: skip
+
     def params(self, node: Node) -> dict[str, Tensor]:
         return {role: self.graph.constants[name] for role, name in node.params.items()}
 
@@ -598,22 +643,20 @@ class _Lowering:
     # -- linear operators
 
     def op_conv2d(self, node: Node) -> None:
-        attrs, params = node.attrs, self.params(node)
-        weight = params["weight"]
+        attrs = node.attrs
+        rows, _, r, s = self.weight_shape(node)
         x = self.places[node.inputs[0]]
         n, c, h, w = x.sizes
         geometry = {
-            "n": n, "c": c, "h": h, "w": w, "r": weight.shape[2], "s": weight.shape[3],
+            "n": n, "c": c, "h": h, "w": w, "r": r, "s": s,
             "stride": tuple(attrs["stride"]), "padding": tuple(attrs["padding"]), "dilation": tuple(attrs["dilation"]),
         }  # fmt: skip
         sizes = self.shape(node.output)
         if math.prod(sizes) == 0:
             self.places[node.output] = self.new(sizes, [1])
             return
-        array = _array(weight.reshape(weight.shape[0], -1))
-        problem = LinearProblem(
-            node.name, array, weight.shape[0], attrs["groups"], geometry, sizes[0] * sizes[2] * sizes[3]
-        )
+        pixels = sizes[0] * sizes[2] * sizes[3]
+        problem = self.problem(node, rows, attrs["groups"], geometry, pixels)
         phases = _C.phase_floats(geometry)
         if phases == 0:
             # A 1×1 convolution without padding reads whole planes; anything shifted reads through masks, so the
@@ -627,7 +670,7 @@ class _Lowering:
         self._linear_operator(node, problem, x, out, 1, phases)
 
     def op_linear(self, node: Node) -> None:
-        weight = self.params(node)["weight"]
+        rows, columns = self.weight_shape(node)
         x = self.places[node.inputs[0]]
         last = len(x.sizes) - 1
         sizes = self.shape(node.output)
@@ -635,7 +678,6 @@ class _Lowering:
         if math.prod(sizes) == 0:
             self.places[node.output] = self.new(sizes, [last])
             return
-        columns = weight.shape[1]
         geometry = {
             "n": 1,
             "c": columns,
@@ -647,7 +689,7 @@ class _Lowering:
             "padding": (0, 0, 0, 0),
             "dilation": (1, 1),
         }
-        problem = LinearProblem(node.name, _array(weight), weight.shape[0], 1, geometry, pixels)
+        problem = self.problem(node, rows, 1, geometry, pixels)
         if columns == 0:
             raise ConvertError(f"{node.name}: a linear layer without inputs")
         x = x if pixels == 1 and x.strides[last] == 1 else self.planes(x, last, node.name)
@@ -660,7 +702,6 @@ class _Lowering:
     def _linear_operator(
         self, node: Node, problem: LinearProblem, x: _Place, out: _Place, channel: int, phases: int
     ) -> None:
-        params = self.params(node)
         self.problems[node.name] = problem
         choice = self._choice(problem)
         if choice.kernel == "vector" and x.strides[1] != 1 and problem.channels > 1:
@@ -668,8 +709,9 @@ class _Lowering:
         key = (node.params["weight"], node.name, choice.kernel, choice.panel, choice.part, choice.row_block)
         if key not in self.weights:
             self.weights[key] = make_weight(problem, choice)
+        problem.forget()
         weight = self.weights[key]
-        bias = _array(params["bias"]) if "bias" in params else None
+        bias = _array(self.graph.constants[node.params["bias"]]) if "bias" in node.params else None
         residual = (
             self.planes(self.places[node.inputs[1]], channel, f"{node.name}.residual")
             if len(node.inputs) == 2

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sparse_engine import _C
+from sparse_engine.convert.constants import constant_nonzeros, constant_shape
 from sparse_engine.convert.graph import Graph, Node, shape_at
 from sparse_engine.convert.lower import (
     _ALIGN,
@@ -74,7 +75,7 @@ def _with_kernel(graph: Graph, node: Node) -> Node:
     """The node with its kernel's size among the attributes, which convolutions have in their weight's shape."""
     if node.op != "conv2d":
         return node
-    return replace(node, attrs={**node.attrs, "kernel": tuple(graph.constants[node.params["weight"]].shape[2:])})
+    return replace(node, attrs={**node.attrs, "kernel": constant_shape(graph, node.params["weight"])[2:]})
 
 
 def find_cut(graph: Graph, parts: int) -> Cut | None:
@@ -116,7 +117,7 @@ def find_cut(graph: Graph, parts: int) -> Cut | None:
 
 
 def _multiplications(graph: Graph, node: Node, shapes: dict[str, tuple[int, ...]]) -> int:
-    kept = int(torch.count_nonzero(graph.constants[node.params["weight"]]))
+    kept = constant_nonzeros(graph, node.params["weight"])
     sizes = shapes[node.output]
     return kept * (sizes[2] * sizes[3] if node.op == "conv2d" else math.prod(sizes[:-1]))
 

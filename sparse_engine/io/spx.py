@@ -57,6 +57,19 @@ class SpxContents:
     producer: str
     file_bytes: int
 
+    def outline(self) -> dict[str, torch.Tensor]:
+        """Shape and dtype of every constant, as a tensor without memory where it is packed.
+
+        The pattern of each one is decoded for a moment, which shows whether it can be.
+        """
+        found = {}
+        for name, constant in self.constants.items():
+            if isinstance(constant, PackedWeight):
+                constant.csr()
+                constant = torch.empty(constant.shape, dtype=constant.dtype, device="meta")
+            found[name] = constant
+        return found
+
     def dense(self) -> dict[str, torch.Tensor]:
         """Every constant as a dense tensor; those that were never packed stay mapped from the file."""
         return {
