@@ -10,6 +10,7 @@ Storages are then laid into one arena by their lifetimes, and the nodes are hand
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -57,6 +58,17 @@ def compile(graph: Graph, batch: int, threads: int | None = None, choices: Any =
         if parted is not None:
             return parted
     share = _share(graph, batch, choices, cores)
+    tail = _find_tail(graph) if share < batch else None
+    if tail is not None:
+        name = next(iter(_crossing(graph, tail)))
+        pieces = (
+            dataclasses.replace(graph, outputs=[name], nodes=graph.nodes[:tail]),
+            dataclasses.replace(graph, inputs=[name], nodes=graph.nodes[tail:]),
+        )
+        for piece in pieces:
+            piece.__dict__["_native_weights"] = graph.__dict__.setdefault("_native_weights", {})
+        last = _Lowering(pieces[1], batch, choices, cores).finish(threads or 0)
+        return TailedPlan(compile(pieces[0], batch, threads, choices), last)
     count = batch // share if share else 1
     # Several passes run one per thread, a single one on all threads.
     plan = _Lowering(graph, share, choices, 1 if count >= cores else cores).finish(threads or 0)
@@ -80,6 +92,40 @@ def _share(graph: Graph, batch: int, choices: Any, threads: int) -> int:
     while wanted * 2 <= images:
         wanted *= 2
     return min(wanted, batch)
+
+
+_TAIL = ("linear", "unary", "scalar", "affine", "softmax")
+
+
+def _find_tail(graph: Graph) -> int | None:
+    """The first node of a classifier: linear layers at the end that read one vector per sample.
+
+    They have many weights and one use of each per sample, so a batch is best taken through them at once, even where the
+    rest of the network runs image by image.
+    """
+    tail = len(graph.nodes)
+    while tail > 0 and graph.nodes[tail - 1].op in _TAIL and len(graph.values[graph.nodes[tail - 1].output].shape) == 2:
+        tail -= 1
+    while tail < len(graph.nodes):
+        crossing = _crossing(graph, tail)
+        name = next(iter(crossing), "")
+        if (
+            tail > 0
+            and len(crossing) == 1
+            and len(graph.values[name].shape) == 2
+            and graph.values[name].shape[0] == Dim(1)
+            and graph.values[name].dtype == "float32"
+            and any(node.op == "linear" for node in graph.nodes[tail:])
+        ):
+            return tail
+        tail += 1
+    return None
+
+
+def _crossing(graph: Graph, index: int) -> set[str]:
+    """The values (or inputs) that exist before a node and are needed from it on."""
+    later = {name for node in graph.nodes[index:] for name in node.inputs} | set(graph.outputs)
+    return later - {name for node in graph.nodes[index:] for name in node.outputs}
 
 
 def _splits(graph: Graph) -> bool:
@@ -1206,6 +1252,26 @@ class NativePlan:
                 for name, tensor in zip(self._outputs, outputs, strict=True)
             ]
         return outputs
+
+
+class TailedPlan:
+    """A plan for most of a network, and one for its classifier, which takes the whole batch at once."""
+
+    def __init__(self, body: Any, tail: NativePlan) -> None:
+        self._body, self._tail = body, tail
+
+    def run(self, inputs: list[Tensor]) -> list[Tensor]:
+        """One contiguous tensor per graph input in, one new tensor per graph output out."""
+        return self._tail.run(self._body.run(inputs))
+
+    def profile(self, inputs: list[Tensor]) -> list[tuple[str, float]]:
+        """Seconds per native node of one run, in order."""
+        return self._body.profile(inputs) + self._tail.profile(self._body.run(inputs))
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of working memory of one call."""
+        return self._body.arena_bytes + self._tail.arena_bytes
 
 
 class SplitPlan:

@@ -389,3 +389,35 @@ def test_the_model_is_not_kept_alive() -> None:
     del model
     gc.collect()
     assert "optimised graph" in executable.benchmark(torch.randn(2, 4), seconds=0.01).dense_name
+
+
+class Classifier(nn.Module):
+    """Convolutions, then linear layers on one vector per sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.first = nn.Linear(8 * 16 * 16, 32)
+        self.last = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = nn.functional.max_pool2d(self.conv(x).relu(), 2)
+        hidden = self.first(x.flatten(1)).relu()
+        return self.last(hidden).softmax(-1), hidden
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 16])
+def test_a_classifier_takes_the_batch_at_once(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_engine.convert import lower
+
+    torch.manual_seed(0)
+    model = Classifier().eval()
+    executable = se.convert(model, (torch.randn(2, 3, 32, 32),), tune=False, threads=2)
+    monkeypatch.setattr(lower, "_share", lambda *_: 1)  # as if one image filled the cache
+    plan = executable.compile(batch)
+    assert isinstance(plan, lower.TailedPlan) == (batch > 1)
+    x = torch.randn(batch, 3, 32, 32)
+    for found, expected in zip(plan.run([x]), model(x), strict=True):
+        assert close(found, expected.detach())
+    names = [name for name, _ in plan.profile([x])]
+    assert "conv" in names and "last" in names
