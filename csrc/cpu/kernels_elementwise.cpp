@@ -390,6 +390,7 @@ SE_INLINE void taps_into(const float* x, int taps, int64_t dilation, int64_t ste
 }
 
 #if defined(__AVX512F__)
+constexpr int kStreamAhead = 768;  // floats
 template <bool Odd>
 SE_INLINE void split_rows(const float* x, int64_t ld, int64_t rows, int64_t even_n, int64_t odd_n, float* even, float* odd,
                           int64_t out_ld) {
@@ -403,6 +404,8 @@ SE_INLINE void split_rows(const float* x, int64_t ld, int64_t rows, int64_t even
         const float* from = x + 2 * i;
         float *e = even + i, *o = Odd ? odd + i : nullptr;
         for (int64_t row = 0; row < rows; row++, from += ld, e += out_ld) {
+            // One wide row after the other is a stream, which an image comes in by: straight from memory.
+            if (rows == 1) __builtin_prefetch(from + kStreamAhead), __builtin_prefetch(from + kStreamAhead + kLanes);
             Vec a = load_masked(from, low), b = load_masked(from + kLanes, high);
             store_bits(e, _mm512_permutex2var_ps(a, evens, b), to_even);
             if (Odd) {
