@@ -165,7 +165,19 @@ def _tuned(problem: LinearProblem, residual: bool, threads: int) -> dict[str, An
         reason = "no zeros" if density == 1 else f"dense is faster at {1 - density:.0%} zeros"
     else:
         reason = f"{dense_ms / ms:.1f}x the dense kernel" if dense_ms else "the only kernel for groups"
+        reason += _channel_lists(problem)
     return {"kernel": describe(chosen), "choice": chosen.to_json(), "ms": ms, "dense_ms": dense_ms, "reason": reason}
+
+
+def _channel_lists(problem: LinearProblem) -> str:
+    """What a weight says whose zeros are whole channels: which could not be cut out, and are listed instead."""
+    kept = problem.weight != 0
+    rows, columns = kept.any(1), kept.any(0)
+    count = numpy.count_nonzero(kept)
+    if count in (0, kept.size) or count < rows.sum() * columns.sum() or problem.groups > 1:
+        return ""
+    inputs = columns.reshape(problem.channels, -1).any(1)
+    return f"; channels listed: {inputs.sum()} of {inputs.size} in, {rows.sum()} of {rows.size} out"
 
 
 def _bench_plan(problem: LinearProblem, choice: LinearChoice, residual: bool) -> Any:

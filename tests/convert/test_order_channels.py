@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sparse_engine.convert.choose import _channel_lists
 from sparse_engine.convert.graph import Graph
+from sparse_engine.convert.lower import LinearProblem
 from sparse_engine.convert.passes import order_channels
 from sparse_engine.convert.passes.order_channels import _order
 from tests.convert.test_passes import check, kill_
@@ -99,6 +102,21 @@ def test_linear_layers_are_ordered_too() -> None:
             return self.c((x + self.b(x)).tanh())
 
     assert changes(check(Residual(), 4, 6)) == [1]
+
+
+def test_the_report_says_which_channels_are_listed() -> None:
+    geometry = {"n": 1, "c": 4, "h": 3, "w": 3, "r": 3, "s": 3}
+    weight = numpy.ones((6, 4, 9), dtype=numpy.float32)
+    weight[[0, 5]] = 0
+    weight[:, 2] = 0
+    problem = LinearProblem("layer", weight.reshape(6, 36), 6, 1, geometry, 9)
+    assert (
+        _channel_lists(LinearProblem("layer", weight[1:5, [0, 1, 3]].reshape(4, 27), 4, 1, {**geometry, "c": 3}, 9))
+        == ""
+    )
+    assert _channel_lists(problem) == "; channels listed: 3 of 4 in, 4 of 6 out"
+    problem.weight[1, 0] = 0
+    assert _channel_lists(problem) == ""
 
 
 def test_the_order_is_that_of_a_gray_code() -> None:
