@@ -455,7 +455,7 @@ def _stp_described(stored: list[dict[str, Any]]) -> str:
         f"for every method, batch {row['batch_size']}, SGD with momentum 0.9, weight decay 1e-4, "
         f"cosine from {row['learning_rate']:g}{', bfloat16 autocast' if row['amp'] else ''}; "
         f"pool of {row['pool']} depths, {row['rounds']} sample{'s' if row['rounds'] > 1 else ''} before a cut. "
-        f"{start} Accuracies are of the whole test set. "
+        f"The data's usual augmentation. {start} Accuracies are of the whole test set. "
         f"{len(stored)} runs, {minutes:.0f} minutes of processor time, {dates[0]} to {dates[-1]}. The paper trains for "
         "200 epochs on CIFAR-100 and ImageNet."
     )
