@@ -36,7 +36,7 @@ ERRORS = 1.0
 #: seeds below which a claim is not judged
 SEEDS = 2
 NOT_RUN = "not run"
-NOT_JUDGED = f"not yet judged (fewer than {SEEDS} seeds)"
+NOT_JUDGED = f"not judged (fewer than {SEEDS} seeds)"
 
 INTRODUCTION = (
     (
@@ -132,13 +132,14 @@ def compare(pairs: Iterable[tuple[Figure, Figure]]) -> tuple[str, float, int]:
     """Whether the first is above the second on the mean over pairs: a verdict, the mean difference and the pairs
     used."""
     differences, variances, seeds = [], [], []
+    pairs = list(pairs)
     for first, second in pairs:
         if min(len(first.values), len(second.values)) >= SEEDS:
             differences.append(first.mean - second.mean)
             seeds += [len(first.values), len(second.values)]
             variances.append(first.spread**2 / len(first.values) + second.spread**2 / len(second.values))
     if not differences:
-        return NOT_JUDGED, 0.0, 0
+        return NOT_JUDGED if any(first.values and second.values for first, second in pairs) else NOT_RUN, 0.0, 0
     mean = statistics.fmean(differences)
     error = sum(variances) ** 0.5 / len(differences)
     verdict = "reproduced" if mean > ERRORS * error and mean > 0 else "not reproduced"
@@ -273,7 +274,13 @@ def _best_alpha(rows: Rows) -> tuple[str, str, str, str]:
 
 
 def tables(rows: Rows) -> list[str]:
-    """The tables under the claims."""
+    """The tables under the claims, for the studies that were run."""
+    made = {"epsd": _epsd_tables, "pipeline": _pipeline_tables, "coreset": _coreset_tables}
+    run = {row["study"] for row in rows.rows}
+    return [line for study, table in made.items() if study in run for line in table(rows)]
+
+
+def _epsd_tables(rows: Rows) -> list[str]:
     out = ["### Early pruning with self-distillation", ""]
     out += ["| method | loss | " + " | ".join(f"{100 * s:g}%" for s in rows.sparsities) + " |"]
     out += ["| --- | --- |" + " --- |" * len(rows.sparsities)]
@@ -286,13 +293,36 @@ def tables(rows: Rows) -> list[str]:
     dense = [
         f"{loss} {rows.figure('epsd', method='dense', loss=loss)}" for loss in ("cross_entropy", *SELF_DISTILLATION)
     ]
-    out += ["", "Dense: " + ", ".join(dense) + ".", "", "### The end-to-end pipeline", ""]
+    return [*out, "", "Dense: " + ", ".join(dense) + ".", ""]
+
+
+def _pipeline_tables(rows: Rows) -> list[str]:
+    out = ["### The end-to-end pipeline", ""]
     out += ["| method | " + " | ".join(f"{100 * d:g}% density" for d in rows.densities) + " |"]
     out += ["| --- |" + " --- |" * len(rows.densities)]
     for method in ("pipeline", "magnitude", "iterative", "random", "snip", "grasp", "rigl"):
         cells = [str(rows.figure("pipeline", method=method, density=d)) for d in rows.densities]
         out.append(f"| {method} | " + " | ".join(cells) + " |")
-    out += [
+    if any(row["cell"].get("method") == "stages" for row in rows.rows):
+        out += _stage_table(rows)
+    else:
+        out += ["", "Combinations of the stages: not run."]
+    for stages in (["zero"], ["mask"], ["zero", "mask"]):
+        figure = rows.figure("pipeline", method="ablation", density=rows.stage_density, stages=stages)
+        out.append(f"\nAt {100 * rows.stage_density:g} %, penalties without warm-up, {' and '.join(stages)}: {figure}.")
+    for stages in (["mask"], ["zero", "mask"]):
+        figure = rows.figure("pipeline", method="ablation", density=rows.stage_density, stages=stages, penalty=3e-3)
+        out.append(f"\nThe same with a penalty ten times as strong (λ2 = 3e-3), {' and '.join(stages)}: {figure}.")
+    for remedy in ("open", "warmup", "open+warmup"):
+        figure = rows.figure(
+            "pipeline", method="remedy", density=rows.stage_density, stages=["zero", "mask"], remedy=remedy
+        )
+        out.append(f"\nZerO and mask with the remedy *{remedy}*: {figure}.")
+    return [*out, ""]
+
+
+def _stage_table(rows: Rows) -> list[str]:
+    out = [
         "",
         (
             f"Stages at {100 * rows.stage_density:g} % density (magnitude pruning is always the second step; the "
@@ -306,18 +336,11 @@ def tables(rows: Rows) -> list[str]:
         openness = rows.figure("pipeline", "gate_openness", method="stages", density=rows.stage_density, stages=stages)
         marks = " | ".join("×" if name in stages else "" for name in STAGES)
         out.append(f"| {marks} | {figure} | {f'{openness.mean:.1f} %' if openness.values else ''} |")
-    for stages in (["zero"], ["mask"], ["zero", "mask"]):
-        figure = rows.figure("pipeline", method="ablation", density=rows.stage_density, stages=stages)
-        out.append(f"\nWithout warm-up of the penalties, {' and '.join(stages)}: {figure}.")
-    for stages in (["mask"], ["zero", "mask"]):
-        figure = rows.figure("pipeline", method="ablation", density=rows.stage_density, stages=stages, penalty=3e-3)
-        out.append(f"\nThe same with a penalty ten times as strong (λ2 = 3e-3), {' and '.join(stages)}: {figure}.")
-    for remedy in ("open", "warmup", "open+warmup"):
-        figure = rows.figure(
-            "pipeline", method="remedy", density=rows.stage_density, stages=["zero", "mask"], remedy=remedy
-        )
-        out.append(f"\nZerO and mask with the remedy *{remedy}*: {figure}.")
-    out += ["", "### Data pruning with distillation", "", "Equal numbers of optimiser steps at every fraction.", ""]
+    return out
+
+
+def _coreset_tables(rows: Rows) -> list[str]:
+    out = ["### Data pruning with distillation", "", "Equal numbers of optimiser steps at every fraction.", ""]
     out += ["| score | " + " | ".join(f"f = {f:g} | f = {f:g} + KD" for f in FRACTIONS) + " |"]
     out += ["| --- |" + " --- | --- |" * len(FRACTIONS)]
     for score in SCORES:
@@ -348,14 +371,18 @@ def tables(rows: Rows) -> list[str]:
         "fixed number "
         f"of epochs instead of steps, f = 0.1: {epochs[0]} without, {epochs[1]} with the teacher."
     )
-    out += ["", remark, "", "### Ridge regression", ""]
-    out += [
+    return [*out, "", remark, ""]
+
+
+def _ridge_table() -> list[str]:
+    out = [
+        "## Ridge regression",
+        "",
         "Squared bias of a student that sees a tenth of the data and is fitted to the mean of labels and teacher:",
         "",
     ]
     out += ["| share of the data its teacher saw | squared bias |", "| --- | --- |"]
-    out += [f"| {row['teacher_fraction']:g} | {row['squared_bias']:.2f} |" for row in ridge_bias()]
-    return out
+    return [*out, *[f"| {row['teacher_fraction']:g} | {row['squared_bias']:.2f} |" for row in ridge_bias()], ""]
 
 
 def stp_section() -> list[str]:
@@ -386,8 +413,7 @@ def stp_claims(stored: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     last = _stp_figure(stored, "stp", 0.15)
     verdict = NOT_RUN
     if last.values and dense.values:
-        verdict = "reproduced" if last.mean / dense.mean >= 0.95 else "not reproduced"
-        verdict += f" ({_counted(len(last.values))})"
+        verdict = _judged(last.mean / dense.mean >= 0.95, len(last.values))
     out.append((claim, verdict, ", ".join(retained)))
     rivals = (
         ("l1 filters, no fine-tuning", "STP without fine-tuning is above L1 filters without fine-tuning"),
@@ -403,9 +429,7 @@ def stp_claims(stored: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     for rival, claim in rivals:
         both = [(t, _stp_figure(stored, "stp", t), _stp_figure(stored, rival, t)) for t in targets]
         both = [(t, first, second) for t, first, second in both if first.values and second.values]
-        verdict, _, count = compare([(first, second) for _, first, second in both])
-        if not count:
-            verdict = f"not judged ({_counted(1)})" if both else NOT_RUN
+        verdict, _, _ = compare([(first, second) for _, first, second in both])
         figures = ", ".join(f"{a.mean - b.mean:+.1f} at −{100 - 100 * t:g} %" for t, a, b in both)
         out.append((claim, verdict, figures))
     out.append(_relative_sparsity(stored, targets))
@@ -428,15 +452,16 @@ def _relative_sparsity(stored: list[dict[str, Any]], targets: list[float]) -> tu
     above = all(statistics.fmean(values) > base for values in found.values())
     figures = ", ".join(f"{statistics.fmean(values):.2f} at −{100 - 100 * t:g} %" for t, values in found.items())
     seeds = min(map(len, found.values()))
-    return claim, f"{'reproduced' if above else 'not reproduced'} ({_counted(seeds)})", f"{figures}; dense {base:.2f}"
+    return claim, _judged(above, seeds), f"{figures}; dense {base:.2f}"
 
 
 def _stp_figure(stored: list[dict[str, Any]], method: str, target: float) -> Figure:
     return Figure(tuple(100 * r["accuracy"] for r in stored if r["method"] == method and r["target"] == target))
 
 
-def _counted(seeds: int) -> str:
-    return f"{seeds} seed" if seeds == 1 else f"{seeds} seeds"
+def _judged(holds: bool, seeds: int) -> str:
+    """The verdict on a claim that is no difference of means."""
+    return f"{'reproduced' if holds else 'not reproduced'} ({seeds} seeds)" if seeds >= SEEDS else NOT_JUDGED
 
 
 def _stp_described(stored: list[dict[str, Any]]) -> str:
@@ -523,8 +548,8 @@ def write() -> Path:
             TRIED_EPSD + TRIED_ZERO[tuple(settings["pipeline_hidden"])],
             "",
             *tables(rows),
-            "",
         ]
+    lines += _ridge_table()
     lines += stp_section()
     failed = [row for row in stored if "error" in row]
     if failed:

@@ -60,10 +60,12 @@ class Store:
         """Append and write."""
         self.rows.append(row)
         self.keys.add(self.key(row["study"], row["cell"], row["seed"], row["scale"]))
+        data = "digits" if row["scale"] == "digits" else "DIR"
         results_io.write(
             self.path.stem,
             rows=self.rows,
             claim="Runs behind docs/reproduction.md, one row each.",
+            command=f"python -m bench.repro run --scale {row['scale']} --data {data}",
             seeds=sorted({entry["seed"] for entry in self.rows}),
             folder=self.path.parent,
         )
