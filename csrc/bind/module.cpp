@@ -166,8 +166,8 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "kd_rows",
         [](uintptr_t logits, int64_t pitch, int64_t rows, int64_t classes, uintptr_t targets, uintptr_t teacher, int64_t teacher_pitch,
-           uintptr_t class_weights, uintptr_t hard_scale, uintptr_t soft_scale, float temperature, bool soft_targets, bool kl, bool hard,
-           float label_smoothing, int64_t ignore_index, uintptr_t hard_loss, uintptr_t soft_loss, uintptr_t gradient,
+           uintptr_t class_weights, uintptr_t hard_scale, uintptr_t soft_scale, double temperature, bool soft_targets, bool kl, bool hard,
+           double label_smoothing, int64_t ignore_index, uintptr_t hard_loss, uintptr_t soft_loss, uintptr_t gradient,
            int64_t gradient_pitch) {
             if (rows < 0 || classes < 1 || !(temperature > 0))
                 throw std::invalid_argument("kd_rows: rows, classes or temperature out of range");

@@ -95,7 +95,8 @@ struct KDRowArgs {
     int64_t classes;
     int64_t label;
     bool hard, soft_targets, kl;
-    float temperature, label_smoothing, hard_scale, soft_scale;
+    double temperature, label_smoothing;
+    float hard_scale, soft_scale;
     float hard_loss, soft_loss;  // out
 };
 

@@ -24,6 +24,8 @@ __all__ = ["KDRows", "explain_kd_rows", "kd_rows"]
 
 _library = torch.library.Library("sparse_engine", "FRAGMENT")
 
+CHUNK = 2**17  # logits that the reference takes at once on the CPU: its temporaries then stay in the cache
+
 
 class KDRows(NamedTuple):
     """What `kd_rows` returns."""
@@ -58,7 +60,7 @@ def kd_rows(
         (tensor([0.1269]), tensor([0.4805]))
 
     Args:
-        logits: [B, C] of the student; float32, float64, or float16/bfloat16 with arithmetic in float32.
+        logits: [B, C] of the student; float32, float64, or float16/bfloat16 with arithmetic in float32 at least.
         targets: int64 [B] labels, or None for no hard part and no ignored row.
         teacher: [B, C] teacher logits, or probabilities with `soft_targets`; None for no soft part. Never
             differentiated.
@@ -74,6 +76,7 @@ def kd_rows(
 
     Returns:
         `KDRows`. `hard` and `soft` are differentiable in `logits`, to any order; `gradient` is a constant.
+        On the CPU its error stays below 1e-5 of its largest element, also where student and teacher nearly agree.
 
     Raises:
         ShapeError: when sizes or settings do not fit.
@@ -195,64 +198,78 @@ def _why_not_torch(logits, targets, teacher, class_weights, hard_scale, soft_sca
     return [f"operands are on different devices: {', '.join(places)}"] if len(places) > 1 else []
 
 
-@registry.register("kd_rows", "torch", why_not=_why_not_torch)
 def reference(
     logits, targets, teacher, class_weights, hard_scale, soft_scale, temperature, soft_targets, kl, hard,
     label_smoothing, ignore_index, gradient,
 ):  # fmt: skip
-    """The formulas of the module's docstring, line by line; differentiable in the logits."""
-    z = logits.to(_arithmetic(logits))  # [B, C]
-    rows, classes = z.shape
-    hard_loss, soft_loss, total = z.new_zeros(rows), z.new_zeros(rows), torch.zeros_like(z)
-    valid = torch.ones(rows, dtype=torch.bool, device=z.device) if targets is None else targets != ignore_index  # [B]
+    """The formulas of the module's docstring, line by line; differentiable in the logits.
+
+    In float64 whatever the logits are: the gradient is a difference of probabilities, and where student and teacher (or
+    the two parts) all but agree, little would be left of it in float32.
+    """
+    rows, classes = logits.shape
+    valid = torch.ones(rows, dtype=torch.bool, device=logits.device) if targets is None else targets != ignore_index
+    z = logits.double().where(valid[:, None], 0.0)  # [B, C]; an ignored row may hold anything
+    hard_loss, soft_loss, parts = z.new_zeros(rows), z.new_zeros(rows), []
 
     if hard and targets is not None:
         exists = (targets >= 0) & (targets < classes)
         label = targets.where(exists, 0)
         weights = z.new_ones(classes) if class_weights is None else class_weights.to(z)  # [C]
         log_p = torch.log_softmax(z, dim=1)  # [B, C]
-        mass = (1 - label_smoothing) * weights[label]  # [B]
+        mass = ((1 - label_smoothing) * weights[label]).where(exists | ~valid, torch.nan)  # [B]
         spread = label_smoothing / max(classes, 1) * weights  # [C]
-        hard_loss = -mass * log_p.gather(1, label[:, None])[:, 0] - _sum_where(log_p, spread)
-        hard_loss = hard_loss.where(exists, torch.nan).where(valid, 0.0)
+        hard_loss = -mass * log_p.gather(1, label[:, None])[:, 0]
+        if label_smoothing:
+            hard_loss = hard_loss - (log_p * spread).where(spread != 0, 0.0).sum(1)
         if gradient:
-            part = log_p.exp() * (mass + spread.sum())[:, None] - spread
-            part = part - mass[:, None] * torch.nn.functional.one_hot(label, max(classes, 1)).to(z)
-            part = part.where(exists[:, None], torch.nan)
-            total = total + _scaled(part, hard_scale, valid)
+            p = log_p.exp()
+            missed = p.scatter_add(1, label[:, None], torch.full_like(p[:, :1], -1))  # p − e_y
+            part = missed * mass[:, None]
+            if label_smoothing:
+                part = part + (p * spread.sum() - spread)
+            parts.append(_scaled(part, hard_scale, 1.0, valid))
 
     if teacher is not None:
         log_pt = torch.log_softmax(z / temperature, dim=1)
+        t = teacher.to(z).where(valid[:, None], 0.0)
         if soft_targets:
-            q = teacher.to(z)
-            entropy = torch.xlogy(q, q)
+            q, log_q = t, t.log()
         else:
-            log_q = torch.log_softmax(teacher.to(z) / temperature, dim=1)
+            log_q = torch.log_softmax(t / temperature, dim=1)
             q = log_q.exp()
-            entropy = (q * log_q).where(q > 0, 0.0)
-        cross = (q * log_pt).where(q > 0, 0.0)
-        soft_loss = temperature**2 * ((entropy - cross) if kl else -cross).sum(1)
-        soft_loss = soft_loss.where(valid, 0.0)
+        terms = q * (log_q - log_pt) if kl else -q * log_pt
+        soft_loss = temperature**2 * terms.where(q != 0, 0.0).sum(1)
         if gradient:
-            part = temperature * (log_pt.exp() * q.sum(1, keepdim=True) - q)
-            total = total + _scaled(part, soft_scale, valid)
+            part = log_pt.exp() * q.sum(1, keepdim=True) - q
+            parts.append(_scaled(part, soft_scale, temperature, valid))
 
-    return hard_loss, soft_loss, total.to(logits.dtype) if gradient else logits.new_empty((0, classes))
-
-
-def _sum_where(log_p: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
-    """Σ_c spread_c log p_c, where 0 · −∞ counts as 0."""
-    return (log_p * spread).where(spread != 0, 0.0).sum(1)
+    losses = (loss.where(valid, 0.0).to(_arithmetic(logits)) for loss in (hard_loss, soft_loss))
+    if not gradient:
+        return *losses, logits.new_empty((0, classes))
+    return *losses, (sum(parts) if parts else torch.zeros_like(z)).to(logits.dtype)
 
 
-def _scaled(part: torch.Tensor, scale: torch.Tensor | None, valid: torch.Tensor) -> torch.Tensor:
-    """Rows times their scale; exactly zero where the scale is, or where the row is ignored, whatever the row holds."""
+def _scaled(part: torch.Tensor, scale: torch.Tensor | None, factor: float, valid: torch.Tensor) -> torch.Tensor:
+    """Rows times their scale and the factor; exactly zero where the scale is, whatever the row holds, or the row is
+    ignored."""
     if scale is None:
-        return part.where(valid[:, None], 0.0)
+        return (part * factor).where(valid[:, None], 0.0)
     scale = scale.to(part)
-    # Emptied before the product as well: the gradient of the scale would meet a NaN there.
-    counts = (valid & (scale != 0))[:, None]
-    return (part.where(valid[:, None], 0.0) * scale[:, None]).where(counts, 0.0)
+    return (part * (scale * factor)[:, None]).where((valid & (scale != 0))[:, None], 0.0)
+
+
+@registry.register("kd_rows", "torch", why_not=_why_not_torch)
+def _torch(logits, targets, teacher, class_weights, hard_scale, soft_scale, *settings):
+    """The reference; on the CPU a few rows at a time: new memory for whole matrices costs more than the arithmetic."""
+    rows, classes = logits.shape
+    step = max(1, CHUNK // max(classes, 1))
+    if logits.device.type != "cpu" or rows <= step:
+        return reference(logits, targets, teacher, class_weights, hard_scale, soft_scale, *settings)
+    by_row = (logits, targets, teacher, hard_scale, soft_scale)
+    chunks = zip(*([None] * rows if x is None else x.split(step) for x in by_row), strict=False)
+    parts = [reference(z, y, t, class_weights, *scales, *settings) for z, y, t, *scales in chunks]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
 # -- cpu: the C++ kernel -----------------------------------------------------------------------------------------------
