@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from sparse_engine.errors import CheckpointError, RecipeError
 
+from ._torchvision import import_torchvision
+
 
 class MLP(nn.Module):
     """Fully connected network with ReLU between layers, ``fc1``, ``fc2``, …; the input is flattened.
@@ -603,12 +605,10 @@ def _from_library(library: str, name: str, options: dict[str, Any]) -> nn.Module
             import timm
 
             return timm.create_model(name, pretrained=False, **options)
-        import torchvision
-
-        return torchvision.models.get_model(name, weights=None, **options)
+        return import_torchvision().models.get_model(name, weights=None, **options)
     except ImportError:
         raise RecipeError(f"model {library}:{name} needs the package {library}, which is not installed") from None
-    except (ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise RecipeError(f"model {library}:{name} cannot be built: {error}") from None
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparse_engine.train._torchvision import import_torchvision
+
 
 @dataclass(frozen=True)
 class Case:
@@ -75,15 +77,7 @@ SMALL = [
 
 def torchvision_models() -> ModuleType:
     """torchvision's definitions, also beside a PyTorch build that its compiled operators do not fit."""
-    if not hasattr(torchvision_models, "library"):
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            if not hasattr(torch.ops.torchvision, name):
-                library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        torchvision_models.library = library  # type: ignore[attr-defined]
-    import torchvision.models
-
-    return torchvision.models
+    return import_torchvision().models
 
 
 def build(case: Case, sparsity: float = 0.9, seed: int = 0) -> nn.Module:

@@ -9,20 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparse_engine.train._torchvision import import_torchvision
+
 
 @pytest.fixture(scope="session")
 def torchvision_models() -> ModuleType:
     """torchvision's definitions, also beside a PyTorch build that its compiled operators do not fit."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        try:
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        except RuntimeError:
-            pass  # the compiled operators fit
-    import torchvision.models
-
-    torchvision_models.library = library  # type: ignore[attr-defined]
-    return torchvision.models
+    return import_torchvision().models
 
 
 def conv_bn(inputs: int, outputs: int, kernel: int = 3, **options: object) -> nn.Sequential:
