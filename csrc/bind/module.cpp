@@ -14,6 +14,7 @@
 #include "runtime/peak.h"
 #include "runtime/plan.h"
 #include "runtime/tensor_ops.h"
+#include "runtime/vector_product.h"
 
 namespace py = pybind11;
 using namespace sparse_engine;
@@ -133,6 +134,37 @@ ConvGeometry geometry(const py::dict& d) {
     auto padding = d["padding"].cast<std::array<int64_t, 4>>();
     g.pad_top = padding[0], g.pad_left = padding[1], g.pad_bottom = padding[2], g.pad_right = padding[3];
     return g;
+}
+
+// A weight for single vectors, from a pattern with values in its order or from all rows × cols values.
+std::shared_ptr<VectorLayer> vector_layer(const std::optional<Array<int64_t>>& row_ptr, const std::optional<Array<int32_t>>& col,
+                                          const py::array& values, const std::optional<Array<float>>& scales, int64_t rows, int64_t cols) {
+    if (!(values.flags() & py::array::c_style)) throw std::invalid_argument("values must be contiguous");
+    Precision precision;
+    if (py::isinstance<py::array_t<float>>(values)) {
+        precision = Precision::float32;
+    } else if (py::isinstance<py::array_t<uint16_t>>(values)) {
+        precision = Precision::bfloat16;
+    } else if (py::isinstance<py::array_t<int8_t>>(values)) {
+        precision = Precision::int8;
+    } else {
+        throw std::invalid_argument("values must be float32, uint16 or int8");
+    }
+    if (rows < 0 || cols < 0) throw std::invalid_argument("negative matrix size");
+    if (row_ptr.has_value() != col.has_value()) throw std::invalid_argument("a pattern is row_ptr and columns");
+    auto floats = optional_floats(scales);
+    if (!row_ptr) {
+        if (values.size() != rows * cols)
+            throw std::invalid_argument("a dense weight of " + std::to_string(rows) + "x" + std::to_string(cols) + " has as many values");
+        return std::make_shared<VectorLayer>(nullptr, std::make_shared<RowMatrix>(rows, cols, values.data(), precision), floats);
+    }
+    if (row_ptr->size() != rows + 1 || col->size() != values.size() || row_ptr->data()[rows] != values.size())
+        throw std::invalid_argument("row_ptr, columns and values do not fit");
+    for (int64_t r = 0; r < rows; r++)
+        if (row_ptr->data()[r + 1] < row_ptr->data()[r]) throw std::invalid_argument("row_ptr decreases");
+    CsrView csr{rows, cols, row_ptr->data(), col->data()};
+    check_csr(csr);
+    return std::make_shared<VectorLayer>(std::make_shared<LookupMatrix>(csr, values.data(), precision, false), nullptr, floats);
 }
 
 }  // namespace
@@ -260,6 +292,22 @@ PYBIND11_MODULE(_C, m) {
             Release())
         .def_property_readonly("nbytes", &ConvLayer::nbytes)
         .def_property_readonly("nnz", &ConvLayer::nnz);
+
+    py::class_<VectorLayer, std::shared_ptr<VectorLayer>>(m, "VectorLinear")
+        .def(py::init([](const std::optional<Array<int64_t>>& row_ptr, const std::optional<Array<int32_t>>& col, const py::array& values,
+                         const std::optional<Array<float>>& scales, int64_t rows, int64_t cols) {
+                 return vector_layer(row_ptr, col, values, scales, rows, cols);
+             }),
+             py::arg("row_ptr"), py::arg("cols"), py::arg("values"), py::arg("scales"), py::arg("rows"), py::arg("cols_count"),
+             "values: float32, uint16 (the bits of bfloat16) or int8; without a pattern all rows x cols of them.")
+        .def(
+            "forward",
+            [](VectorLayer& l, uintptr_t x, int64_t ldx, int64_t n, uintptr_t y, int64_t ldy, uintptr_t bias) {
+                l.forward(address(x), ldx, n, address(y), ldy, address(bias));
+            },
+            py::arg("x"), py::arg("ldx"), py::arg("n"), py::arg("y"), py::arg("ldy"), py::arg("bias") = 0, Release())
+        .def_property_readonly("nbytes", &VectorLayer::nbytes)
+        .def_property_readonly("stored", [](const VectorLayer& l) { return l.sparse ? l.sparse->stored() : l.dense->rows * l.dense->pitch; });
 
     // -------------------------------------------------------------------------------------------------------- plans
 

@@ -81,6 +81,7 @@ void detect_names(CpuInfo& info) {
     std::memcpy(vendor + 4, &leaf0.edx, 4);
     std::memcpy(vendor + 8, &leaf0.ecx, 4);
     info.vendor.assign(vendor, vendor + 12);
+    info.slow_gather = info.vendor == "AuthenticAMD";
 
     if (cpuid(0x80000000u).eax < 0x80000004u) return;
     char name[48];

@@ -24,6 +24,8 @@ struct CpuInfo {
     bool avx512vl = false;
     bool avx512_vnni = false;
     bool avx512_bf16 = false;
+    // Gather instructions are slower than as many loads: AMD, measured up to Zen 4.
+    bool slow_gather = false;
 
     // Bytes, of one instance of the data or unified cache that the first core sees; 0 where unknown.
     std::size_t l1d_bytes = 0;

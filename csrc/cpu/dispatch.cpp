@@ -13,6 +13,7 @@ namespace sparse_engine {
     void fill_elementwise(KernelTable&); \
     void fill_losses(KernelTable&);      \
     void fill_peak(KernelTable&);        \
+    void fill_vector(KernelTable&);      \
     }
 SE_BUILD(portable)
 #if defined(__x86_64__)
@@ -22,12 +23,12 @@ SE_BUILD(avx512)
 
 namespace {
 
-#define SE_TABLE(ISA, LANES)                                                                                    \
-    [] {                                                                                                        \
-        KernelTable t{};                                                                                        \
-        t.name = #ISA, t.lanes = LANES;                                                                         \
-        ISA::fill_spmm(t), ISA::fill_pack(t), ISA::fill_elementwise(t), ISA::fill_losses(t), ISA::fill_peak(t); \
-        return t;                                                                                               \
+#define SE_TABLE(ISA, LANES)                                                                                                         \
+    [] {                                                                                                                             \
+        KernelTable t{};                                                                                                             \
+        t.name = #ISA, t.lanes = LANES;                                                                                              \
+        ISA::fill_spmm(t), ISA::fill_pack(t), ISA::fill_elementwise(t), ISA::fill_losses(t), ISA::fill_peak(t), ISA::fill_vector(t); \
+        return t;                                                                                                                    \
     }()
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "pack/panel_matrix.h"
+#include "pack/vector_matrix.h"
 
 namespace sparse_engine {
 
@@ -100,6 +101,38 @@ struct KDRowArgs {
     float hard_loss, soft_loss;  // out
 };
 
+// What becomes of the sums of a product with one vector: out[row] = clamp(scale[row] · sum + bias[row] + residual[row]).
+struct VectorArgs {
+    float* out;
+    const float* scale;     // or null: 1
+    const float* bias;      // or null
+    const float* residual;  // or null
+    float low, high;
+};
+
+// Slices of a LookupMatrix; all pointers (those of `to` too) are those of the first slice.
+struct LookupArgs {
+    const uint8_t* groups;
+    const uint32_t* index;
+    const uint8_t* values;
+    int64_t rows;  // that exist, the last slice may have fewer than sixteen
+    int64_t cols;
+    const float* x;
+    VectorArgs to;
+};
+
+// Rows [row0, row1) of a RowMatrix.
+struct RowsArgs {
+    const void* w;
+    int64_t pitch;  // columns of a row as stored: x, as prepared for the kernel, is padded with zeros to as many
+    int64_t row0, row1;
+    const float* x;         // rows_bf16: in pair order; rows_int8: as it is
+    const uint8_t* planes;  // rows_int8_of_bytes: [3][pitch]
+    double plane_scale;
+    const int32_t* sums;  // of each row of an int8 matrix
+    VectorArgs to;
+};
+
 constexpr int kMaxVectors = 8;
 
 struct KernelTable {
@@ -124,6 +157,13 @@ struct KernelTable {
                  const float* bias, const float* residual, float low, float high);
     void (*gemv)(const float* w, int64_t cols, int64_t row0, int64_t row1, const float* x, float* out, const float* bias,
                  const float* residual, float low, float high);
+    void (*lookup[kPrecisions])(const LookupArgs&);
+    void (*rows_bf16)(const RowsArgs&);
+    void (*rows_int8)(const RowsArgs&);
+    // Integer arithmetic on x as bytes; null where the processor has no instruction for it. |x| · scale must stay below 2^23.
+    void (*rows_int8_of_bytes)(const RowsArgs&);
+    void (*pair_order)(const float* x, int64_t n, int64_t padded, float* to);
+    void (*byte_planes)(const float* x, int64_t n, int64_t padded, float scale, uint8_t* to);
     void (*activate)(Activation kind, float p0, float p1, const float* x, float* y, int64_t n);
     // y[i] = op(a[i · a_step], b[i · b_step]); steps 0 or 1.
     void (*binary)(Binary kind, const float* a, int a_step, const float* b, int b_step, float* y, int64_t n);

@@ -201,75 +201,6 @@ void layer_norm_row(const float* x, int64_t length, const float* weight, const f
     for (int64_t k = 0; k < length; k++) y[k] = y[k] * scale * (weight ? weight[k] : 1.0f) + (bias ? bias[k] : 0.0f);
 }
 
-SE_INLINE float finish(float s, int64_t row, const float* bias, const float* residual, float low, float high) {
-    if (bias) s += bias[row];
-    if (residual) s += residual[row];
-    s = low > s ? low : s;
-    return high < s ? high : s;
-}
-
-// Each row gathers its columns of x (which stays in L1); two accumulators hide the gather's latency.
-void spmv(const int64_t* row_ptr, const int32_t* col, const float* w, int64_t row0, int64_t row1, const float* x, float* out,
-          const float* bias, const float* residual, float low, float high) {
-    for (int64_t row = row0; row < row1; row++) {
-        int64_t i = row_ptr[row], end = row_ptr[row + 1];
-        float s = 0;
-#if defined(__AVX512F__)
-        Vec a = zero(), b = zero();
-        for (; i + 32 <= end; i += 32) {
-            a = fma(load(w + i), _mm512_i32gather_ps(_mm512_loadu_si512(col + i), x, 4), a);
-            b = fma(load(w + i + 16), _mm512_i32gather_ps(_mm512_loadu_si512(col + i + 16), x, 4), b);
-        }
-        for (; i < end; i += 16) {
-            uint32_t bits = low_bits(std::min<int64_t>(16, end - i));
-            __m512i where = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(bits), col + i);
-            a = fma(load_bits(w + i, bits), _mm512_mask_i32gather_ps(zero(), static_cast<__mmask16>(bits), where, x, 4), a);
-        }
-        s = sum(add(a, b));
-#else
-        float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-        for (; i + 4 <= end; i += 4)
-            s0 += w[i] * x[col[i]], s1 += w[i + 1] * x[col[i + 1]], s2 += w[i + 2] * x[col[i + 2]], s3 += w[i + 3] * x[col[i + 3]];
-        for (; i < end; i++) s0 += w[i] * x[col[i]];
-        s = (s0 + s1) + (s2 + s3);
-#endif
-        out[row] = finish(s, row, bias, residual, low, high);
-    }
-}
-
-void gemv(const float* w, int64_t cols, int64_t row0, int64_t row1, const float* x, float* out, const float* bias, const float* residual,
-          float low, float high) {
-    int64_t row = row0;
-    for (; row + 4 <= row1; row += 4) {
-        const float *w0 = w + row * cols, *w1 = w0 + cols, *w2 = w1 + cols, *w3 = w2 + cols;
-        Vec a = zero(), b = zero(), c = zero(), d = zero();
-        int64_t k = 0;
-        for (; k + kLanes <= cols; k += kLanes) {
-            Vec v = load(x + k);
-            a = fma(load(w0 + k), v, a), b = fma(load(w1 + k), v, b), c = fma(load(w2 + k), v, c), d = fma(load(w3 + k), v, d);
-        }
-        if (k < cols) {
-            uint32_t bits = low_bits(cols - k);
-            Vec v = load_bits(x + k, bits);
-            a = fma(load_bits(w0 + k, bits), v, a), b = fma(load_bits(w1 + k, bits), v, b), c = fma(load_bits(w2 + k, bits), v, c),
-            d = fma(load_bits(w3 + k, bits), v, d);
-        }
-        out[row] = finish(sum(a), row, bias, residual, low, high), out[row + 1] = finish(sum(b), row + 1, bias, residual, low, high);
-        out[row + 2] = finish(sum(c), row + 2, bias, residual, low, high),
-                  out[row + 3] = finish(sum(d), row + 3, bias, residual, low, high);
-    }
-    for (; row < row1; row++) {
-        Vec a = zero();
-        int64_t k = 0;
-        for (; k + kLanes <= cols; k += kLanes) a = fma(load(w + row * cols + k), load(x + k), a);
-        if (k < cols) {
-            uint32_t bits = low_bits(cols - k);
-            a = fma(load_bits(w + row * cols + k, bits), load_bits(x + k, bits), a);
-        }
-        out[row] = finish(sum(a), row, bias, residual, low, high);
-    }
-}
-
 // Lanes 0, 2, 4, … of 2·kLanes floats, of which only the first `valid` may be touched.
 SE_INLINE Vec load_even(const float* x, int64_t valid) {
 #if defined(__AVX512F__)
@@ -459,8 +390,6 @@ void fill_elementwise(KernelTable& t) {
     t.softmax_columns = softmax_columns;
     t.layer_norm_row = layer_norm_row;
     t.layer_norm_columns = layer_norm_columns;
-    t.spmv = spmv;
-    t.gemv = gemv;
     t.copy = copy;
     t.split = split;
     t.max_rows = max_rows;

@@ -5,13 +5,18 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/cpu_features.h"
 #include "runtime/tensor_ops.h"
+#include "runtime/vector_product.h"
 
 namespace sparse_engine {
 namespace {
 
 // A handful of shapes at a time is what training and serving use; more would only hold memory.
 constexpr size_t kPlansKept = 16;
+
+// Up to so many rows of x each is multiplied by itself; from there on tiles of sixteen are faster (bench/NOTES.md).
+constexpr int64_t kFewVectors = 3;
 
 template <class Map>
 void make_room(Map& plans) {
@@ -43,14 +48,37 @@ void SparseOperator::set_values(const float* values, int64_t count) {
     if (count != nnz()) throw std::invalid_argument("expected " + std::to_string(nnz()) + " values, got " + std::to_string(count));
     std::lock_guard lock(mutex_);
     std::copy(values, values + count, values_->begin());
-    forward_stale_ = transposed_stale_ = true;
+    forward_stale_ = transposed_stale_ = lookup_stale_ = true;
 }
 
 int64_t SparseOperator::nbytes() const {
     int64_t bytes = static_cast<int64_t>(row_ptr_->size() * 8 + col_->size() * 8);
     if (forward_) bytes += forward_->nbytes() + nnz() * 4;
     if (transposed_) bytes += transposed_->nbytes() + nnz() * 12;
+    if (lookup_) bytes += lookup_->nbytes() + nnz() * 4;
     return bytes;
+}
+
+std::shared_ptr<const LookupMatrix> SparseOperator::lookup_matrix() {
+    std::lock_guard lock(mutex_);
+    if (lookup_too_large_) return nullptr;
+    if (!lookup_) {
+        // It stores more than one value per kept weight, 5 bytes each: from memory, that would be what counts.
+        const int64_t room = static_cast<int64_t>(cpu_info().l3_bytes ? cpu_info().l3_bytes : cpu_info().l2_bytes) / 2;
+        lookup_too_large_ = nnz() * 5 > room;
+        if (lookup_too_large_) return nullptr;
+        lookup_ =
+            std::make_shared<LookupMatrix>(CsrView{rows, cols, row_ptr_->data(), col_->data()}, values_->data(), Precision::float32, true);
+        lookup_too_large_ = lookup_->nbytes() > room;
+        if (lookup_too_large_) {
+            lookup_ = nullptr;
+            return nullptr;
+        }
+    } else if (lookup_stale_) {
+        lookup_->set_values(values_->data());
+    }
+    lookup_stale_ = false;
+    return lookup_;
 }
 
 std::shared_ptr<const PanelMatrix> SparseOperator::forward_matrix() {
@@ -104,7 +132,8 @@ std::shared_ptr<const PanelMatrix> SparseOperator::transposed_matrix() {
 std::shared_ptr<Plan> LinearLayer::plan(const Key& key) {
     auto [what, n, ld_in, ld_out, has_bias] = key;
     bool backward = what == 1;
-    auto weight = what == 2 ? nullptr : backward ? transposed_matrix() : forward_matrix();
+    auto lookup = what == 0 && n <= kFewVectors ? lookup_matrix() : nullptr;
+    auto weight = what == 2 || lookup || (what == 0 && n == 1) ? nullptr : backward ? transposed_matrix() : forward_matrix();
     std::lock_guard lock(mutex_);
     auto& found = plans_[key];
     if (found) return found;
@@ -117,6 +146,13 @@ std::shared_ptr<Plan> LinearLayer::plan(const Key& key) {
         node->row_ptr = row_ptr_, node->col = col_, node->rows = rows, node->cols = cols, node->pixels = n;
         node->source = Source::rows, node->x = {2, 0}, node->x_stride = ld_in;
         node->dy_rows = true, node->dy = {1, 0}, node->dy_stride = ld_out, node->out = {3, 0};
+        plan->add(std::move(node));
+    } else if (lookup) {
+        auto node = std::make_unique<VectorProductNode>();
+        node->name = "linear";
+        node->sparse = lookup, node->count = n;
+        node->x = {1, 0}, node->x_stride = ld_in, node->out = {2, 0}, node->out_stride = ld_out;
+        node->has_bias_ref = has_bias, node->bias_ref = {3, 0};
         plan->add(std::move(node));
     } else if (what == 0 && n == 1) {
         auto node = std::make_unique<VectorNode>();
@@ -141,7 +177,8 @@ std::shared_ptr<Plan> LinearLayer::plan(const Key& key) {
 void LinearLayer::forward(const float* x, int64_t ldx, int64_t n, float* y, int64_t ldy, const float* bias) {
     if (n == 0) return;
     auto p = plan({0, n, ldx, ldy, bias != nullptr});
-    if (n > 1) SparseOperator::forward_matrix();  // brings new values in
+    // Brings new values in. A single row that is too large for the lookup reads the values as they are.
+    if (!(n <= kFewVectors && lookup_matrix()) && n > 1) SparseOperator::forward_matrix();
     float* pointers[] = {const_cast<float*>(x), y, const_cast<float*>(bias)};
     p->run(pointers, 0);
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "pack/panel_matrix.h"
+#include "pack/vector_matrix.h"
 #include "runtime/linear_operator.h"
 #include "runtime/plan.h"
 
@@ -24,6 +25,8 @@ class SparseOperator {
     // Where entry i of row r, column c stands in the transposed matrix: (row, column). The default is (c, r).
     std::shared_ptr<const PanelMatrix> forward_matrix();
     std::shared_ptr<const PanelMatrix> transposed_matrix();
+    // For a few vectors; null where it would not stay in the cache, which the plain rows then do better.
+    std::shared_ptr<const LookupMatrix> lookup_matrix();
 
     int64_t rows, cols, transposed_rows, transposed_cols;
 
@@ -35,8 +38,10 @@ class SparseOperator {
     std::shared_ptr<std::vector<int32_t>> col_;
     std::shared_ptr<std::vector<float>> values_;
     std::shared_ptr<PanelMatrix> forward_, transposed_;
+    std::shared_ptr<LookupMatrix> lookup_;
+    bool lookup_too_large_ = false;
     std::vector<int64_t> transposed_order_;
-    bool forward_stale_ = true, transposed_stale_ = true;
+    bool forward_stale_ = true, transposed_stale_ = true, lookup_stale_ = true;
     std::mutex mutex_;
 };
 

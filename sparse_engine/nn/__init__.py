@@ -2,15 +2,18 @@
 
 from sparse_engine.nn.convert import LayerReport, SparsifyReport, densify_, sparse_layers, sparsify_
 from sparse_engine.nn.layers import PatternChange, SparseConv2d, SparseLayer, SparseLinear
+from sparse_engine.nn.low_precision import LowPrecisionLinear, lower_precision_
 
 __all__ = [
     "LayerReport",
+    "LowPrecisionLinear",
     "PatternChange",
     "SparseConv2d",
     "SparseLayer",
     "SparseLinear",
     "SparsifyReport",
     "densify_",
+    "lower_precision_",
     "sparse_layers",
     "sparsify_",
 ]

@@ -2,6 +2,7 @@
 
 from sparse_engine.ops import registry
 from sparse_engine.ops.kd_loss import KDRows, kd_rows
+from sparse_engine.ops.low_precision import LowPrecisionWeight, low_precision_linear
 from sparse_engine.ops.masked_linear import masked_linear
 from sparse_engine.ops.pattern import Pattern
 from sparse_engine.ops.registry import explain
@@ -10,4 +11,15 @@ from sparse_engine.ops.sparse_linear import sparse_linear
 
 from sparse_engine.ops import gpu as _gpu_candidates  # isort: skip  (registers them)
 
-__all__ = ["KDRows", "Pattern", "explain", "kd_rows", "masked_linear", "registry", "sparse_conv2d", "sparse_linear"]
+__all__ = [
+    "KDRows",
+    "LowPrecisionWeight",
+    "Pattern",
+    "explain",
+    "kd_rows",
+    "low_precision_linear",
+    "masked_linear",
+    "registry",
+    "sparse_conv2d",
+    "sparse_linear",
+]

@@ -19,6 +19,7 @@ __all__ = [
     "NativeProduct",
     "extension",
     "is_plain",
+    "is_plain_input",
     "native_product",
     "peak_gflops",
     "wants_gradient",
@@ -103,6 +104,22 @@ def is_plain(x: torch.Tensor, values: torch.Tensor | None, bias: torch.Tensor | 
         and x.is_cpu
         and values.is_cpu
         and (bias is None or (type(bias) is Parameter and bias.dtype is float32 and bias.is_cpu))
+        and not x.is_neg()
+        and _dispatch_modes() == 0
+        and _function_modes() == 0
+        and _transforms() is None
+        and _tracing() is None
+        and forward_ad._current_level < 0
+        and _OVERRIDE not in _ENVIRONMENT
+    )
+
+
+def is_plain_input(x: torch.Tensor) -> bool:
+    """Say whether x is a float32 tensor on the CPU and no transform, mode or tracer needs to see what is done to it."""
+    return (
+        type(x) is Tensor
+        and x.dtype is float32
+        and x.is_cpu
         and not x.is_neg()
         and _dispatch_modes() == 0
         and _function_modes() == 0

@@ -535,3 +535,160 @@ TEST(chains_of_multiply_adds) {
     CHECK_EQUAL(operations, 2 * 12 * int64_t(kernels().lanes) * 10);
     CHECK_EQUAL(result, 12.0f * static_cast<float>(kernels().lanes) * 6.0f);  // each lane: 1 + 10 · 0.5
 }
+
+namespace {
+
+uint16_t bf16_bits(float value) {  // towards zero: enough for a test
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return static_cast<uint16_t>(bits >> 16);
+}
+
+float bf16_value(uint16_t half) {
+    uint32_t bits = uint32_t{half} << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// A product's values in one precision, and as the numbers they stand for.
+struct Rounded {
+    Precision precision;
+    std::vector<uint8_t> bytes;
+    std::vector<double> meant;
+};
+
+Rounded rounded(const std::vector<float>& values, Precision precision) {
+    Rounded r{precision, std::vector<uint8_t>(values.size() * size_t(precision_bytes(precision))), {}};
+    for (size_t i = 0; i < values.size(); i++) {
+        if (precision == Precision::float32) {
+            std::memcpy(r.bytes.data() + 4 * i, &values[i], 4);
+            r.meant.push_back(values[i]);
+        } else if (precision == Precision::bfloat16) {
+            uint16_t half = bf16_bits(values[i]);
+            std::memcpy(r.bytes.data() + 2 * i, &half, 2);
+            r.meant.push_back(bf16_value(half));
+        } else {
+            auto level = static_cast<int8_t>(std::lround(values[i] * 127));
+            r.bytes[i] = static_cast<uint8_t>(level);
+            r.meant.push_back(level);
+        }
+    }
+    return r;
+}
+
+struct VectorCase {
+    std::vector<float> x, scale, bias, residual, out;
+    VectorArgs to{};
+    VectorCase(int64_t rows, int64_t cols, bool epilogue) {
+        Random random(static_cast<uint64_t>(rows * 1000 + cols));
+        x = random.floats(static_cast<size_t>(cols)), scale = random.floats(static_cast<size_t>(rows), 0.5f, 2.0f);
+        bias = random.floats(static_cast<size_t>(rows)), residual = random.floats(static_cast<size_t>(rows));
+        out.assign(static_cast<size_t>(rows) + 5, kPoison);
+        to.out = out.data(), to.low = -kInfinity, to.high = kInfinity;
+        if (epilogue) to.scale = scale.data(), to.bias = bias.data(), to.residual = residual.data(), to.low = -0.5f, to.high = 3.0f;
+    }
+    void check(std::vector<double> sums, const std::string& what) {
+        for (size_t r = 0; r < sums.size(); r++) {
+            if (to.scale) sums[r] = sums[r] * scale[r] + bias[r] + residual[r];
+            sums[r] = std::fmin(std::fmax(sums[r], to.low), to.high);
+        }
+        double error = relative_error(out.data(), sums.data(), sums.size());
+        if (!(error <= kBound)) check::fail(__FILE__, __LINE__, what + ": relative error " + std::to_string(error));
+        for (size_t i = sums.size(); i < out.size(); i++) CHECK(std::isnan(out[i]));
+    }
+};
+
+}  // namespace
+
+TEST(lookups_in_every_precision) {
+    for (int p = 0; p < kPrecisions; p++)
+        for (int64_t rows : {1, 7, 16, 17, 40})
+            for (int64_t cols : {0, 1, 15, 16, 17, 30, 31, 32, 47, 62, 63, 200})
+                for (double density : {0.0, 0.1, 1.0})
+                    for (bool epilogue : {false, true}) {
+                        Product w = random_product(rows, cols, density, static_cast<uint64_t>(rows + cols));
+                        Rounded values = rounded(w.values, static_cast<Precision>(p));
+                        CsrView csr{rows, cols, w.row_ptr.data(), w.col.data()};
+                        LookupMatrix matrix(csr, nullptr, values.precision, true);
+                        matrix.set_values(values.bytes.data());
+                        LookupMatrix again(csr, values.bytes.data(), values.precision, false);
+                        CHECK(matrix.values == again.values && matrix.index == again.index);
+                        VectorCase c(rows, cols, epilogue);
+                        LookupArgs a{};
+                        a.groups = matrix.groups.data(), a.index = matrix.index.data(), a.values = matrix.values.data();
+                        a.rows = rows, a.cols = cols, a.x = c.x.data(), a.to = c.to;
+                        kernels().lookup[p](a);
+                        std::vector<double> sums;
+                        for (int64_t r = 0; r < rows; r++) {
+                            double sum = 0;
+                            for (int64_t i = w.row_ptr[static_cast<size_t>(r)]; i < w.row_ptr[static_cast<size_t>(r) + 1]; i++)
+                                sum += values.meant[static_cast<size_t>(i)] * c.x[static_cast<size_t>(w.col[static_cast<size_t>(i)])];
+                            sums.push_back(sum);
+                        }
+                        c.check(sums,
+                                "lookup in precision " + std::to_string(p) + ", " + std::to_string(rows) + "x" + std::to_string(cols));
+                    }
+}
+
+TEST(an_infinity_in_a_column_that_a_row_lacks_stays_out_of_it) {
+    // Two rows, columns 0 and 1: the first keeps only column 1, its free places must not read column 0.
+    std::vector<int64_t> row_ptr = {0, 1, 2};
+    std::vector<int32_t> col = {1, 0};
+    std::vector<float> values = {2, 3};
+    LookupMatrix w(CsrView{2, 40, row_ptr.data(), col.data()}, values.data(), Precision::float32, false);
+    std::vector<float> x(40, kPoison), out(2, kPoison);
+    x[0] = kInfinity, x[1] = 5;
+    LookupArgs a{};
+    a.groups = w.groups.data(), a.index = w.index.data(), a.values = w.values.data(), a.rows = 2, a.cols = 40, a.x = x.data();
+    a.to.out = out.data(), a.to.low = -kInfinity, a.to.high = kInfinity;
+    kernels().lookup[0](a);
+    CHECK_EQUAL(out[0], 10.0f);
+    CHECK_EQUAL(out[1], kInfinity);
+}
+
+TEST(dense_rows_in_low_precision) {
+    const KernelTable& k = kernels();
+    for (Precision precision : {Precision::bfloat16, Precision::int8})
+        for (int64_t rows : {1, 3, 4, 5, 18})
+            for (int64_t cols : {1, 7, 16, 31, 64, 65, 130, 40000})
+                for (bool epilogue : {false, true}) {
+                    Product w = random_product(rows, cols, 1.0, static_cast<uint64_t>(rows + cols));
+                    Rounded values = rounded(w.dense, precision);
+                    RowMatrix matrix(rows, cols, values.bytes.data(), precision);
+                    const auto pitch = static_cast<size_t>(matrix.pitch);
+                    std::vector<double> sums;
+                    VectorCase c(rows, cols, epilogue);
+                    for (int64_t r = 0; r < rows; r++) {
+                        double sum = 0;
+                        for (int64_t i = 0; i < cols; i++)
+                            sum += values.meant[static_cast<size_t>(r * cols + i)] * c.x[static_cast<size_t>(i)];
+                        sums.push_back(sum);
+                    }
+                    RowsArgs a{};
+                    a.w = matrix.values.data(), a.pitch = matrix.pitch, a.sums = matrix.sums.data(), a.row0 = 0, a.row1 = rows;
+                    a.to = c.to;
+                    std::vector<float> padded(pitch, kPoison);
+                    if (precision == Precision::bfloat16) {
+                        k.pair_order(c.x.data(), cols, matrix.pitch, padded.data());
+                        a.x = padded.data();
+                        k.rows_bf16(a);
+                        c.check(sums, "bfloat16 rows");
+                        continue;
+                    }
+                    std::fill(padded.begin(), padded.end(), 0.0f);
+                    std::copy(c.x.begin(), c.x.end(), padded.begin());
+                    a.x = padded.data();
+                    k.rows_int8(a);
+                    c.check(sums, "int8 rows");
+                    if (!k.rows_int8_of_bytes) continue;
+                    float largest = 0;
+                    for (float v : c.x) largest = std::fmax(largest, std::fabs(v));
+                    std::vector<uint8_t> planes(3 * pitch, 0xee);
+                    a.plane_scale = 8388600.0f / largest, a.planes = planes.data();
+                    k.byte_planes(c.x.data(), cols, matrix.pitch, static_cast<float>(a.plane_scale), planes.data());
+                    std::fill(c.out.begin(), c.out.end(), kPoison);
+                    k.rows_int8_of_bytes(a);
+                    c.check(sums, "int8 rows in integers");
+                }
+}
