@@ -105,8 +105,8 @@ def sparsify_(
     Make the optimiser afterwards: weights become new Parameters (`values`); biases stay the same objects.
 
     Args:
-        model: changed in place. Zeros are exact zeros, or the masks that `torch.nn.utils.prune` or `torch.ao.pruning`
-            left on it.
+        model: changed in place. A layer's pattern is the mask that `se.prune`, `torch.nn.utils.prune` or
+            `torch.ao.pruning` left on it; without a mask it is what is not exactly zero.
         min_sparsity: layers with a smaller share of zeros stay dense; 0 together with `force` also converts layers
             without any zero.
         force: convert although the layer would be slower.

@@ -348,8 +348,8 @@ class SparseLinear(SparseLayer):
 
         Args:
             module: its values are copied, its bias Parameter is shared.
-            mask: what to keep; without one the mask of `torch.nn.utils.prune` or `torch.ao.pruning` on the module, or
-                else everything but exact zeros.
+            mask: what to keep; without one the mask that `se.prune`, `torch.nn.utils.prune` or `torch.ao.pruning` left
+                on the module, or else everything but exact zeros.
             structure: of the mask; detected when not given.
 
         Raises:
@@ -507,6 +507,7 @@ class SparseConv2d(SparseLayer):
         )
 
 
+_MASKS = "_sparse_engine_masks"  # where prune/masks.py keeps the masks of a module's weights
 _LINEAR_ATTRIBUTES = ("in_features", "out_features")
 _CONV_ATTRIBUTES = (
     "in_channels",
@@ -521,10 +522,11 @@ _CONV_ATTRIBUTES = (
 
 
 def pruned_weight(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the weight of a dense layer and the mask that a pruning library put on it, or None.
+    """Return the weight of a dense layer and the mask that pruning put on it, or None.
 
-    Understands `torch.nn.utils.prune` (`weight_orig` and `weight_mask`) and `torch.ao.pruning` (a parametrization with
-    a `mask`).
+    Understands the masks of `se.prune` and `se.prune.set_masks`, `torch.nn.utils.prune` (`weight_orig` and
+    `weight_mask`) and `torch.ao.pruning` (a parametrization with a `mask`). A mask says more than the zeros: a kept
+    weight may be exactly zero, by its initialisation or for a moment of its training.
     """
     buffers, parameters = module._buffers, module._parameters
     if "weight_orig" in parameters and "weight_mask" in buffers:
@@ -535,7 +537,8 @@ def pruned_weight(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]
         if len(steps) == 1 and len(masks) == 1:
             return steps.original, (masks[0] != 0).expand(steps.original.shape)
         return module.weight, None
-    return module.weight, None
+    own = module.__dict__.get(_MASKS, {}).get("weight")
+    return module.weight, None if own is None else own.to(module.weight.device)
 
 
 def _initialise(

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from sparse_engine.errors import SparseEngineError
 from sparse_engine.nn import SparseConv2d, SparseLinear, densify_, sparsify_
+from sparse_engine.prune import masks, set_masks
 from sparse_engine.structure import Block
 
 
@@ -180,6 +181,46 @@ def test_pruned_modules_are_converted():
     torch.testing.assert_close(model(x), expected)
     assert not model[0]._forward_pre_hooks
     assert set(dict(model.named_parameters())) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+@pytest.mark.parametrize("kind", ["se.prune", "torch.nn.utils.prune"])
+def test_a_kept_weight_that_is_zero_stays_trainable(kind):
+    """The pattern is the mask's, not that of the zeros that happen to be in the weight."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Conv2d(8, 8, 3))
+    kept = [torch.rand(layer.weight.shape) < 0.2 for layer in model]
+    with torch.no_grad():
+        for layer, mask in zip(model, kept, strict=True):
+            layer.weight[torch.rand(layer.weight.shape) < 0.5] = 0.0
+            assert bool((mask & (layer.weight == 0)).any())
+    if kind == "se.prune":
+        set_masks(model, {f"{i}.weight": mask for i, mask in enumerate(kept)})
+    else:
+        for layer, mask in zip(model, kept, strict=True):
+            prune.custom_from_mask(layer, "weight", mask)
+    report = sparsify_(model, force=True)
+    for layer, mask, line in zip(model, kept, report.layers, strict=True):
+        assert torch.equal(layer.mask, mask)
+        assert line.sparsity == pytest.approx(1 - float(mask.float().mean()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    (model[0](torch.rand(3, 64)).sum() + model[1](torch.rand(2, 8, 5, 5)).sum()).backward()
+    optimizer.step()
+    assert all(bool((layer.weight[mask] != 0).all()) for layer, mask in zip(model, kept, strict=True))
+    assert all(not layer.weight[~mask].any() for layer, mask in zip(model, kept, strict=True))
+    assert {name: mask.tolist() for name, mask in masks(model).items()} == {
+        f"{i}.weight": mask.tolist() for i, mask in enumerate(kept)
+    }
+
+
+def test_a_mask_beats_the_weights_under_it():
+    """A mask that was stored without being applied yet, and one on a model that moved to another type."""
+    layer = nn.Linear(16, 16)
+    model, mask = nn.Sequential(layer), torch.rand(16, 16) < 0.3
+    set_masks(model, {"0.weight": mask}, apply=False)
+    x = torch.randn(4, 16).double()
+    expected = nn.functional.linear(x, (layer.weight * mask).double(), layer.bias.double())
+    sparsify_(model.double(), force=True)
+    torch.testing.assert_close(model(x), expected)
+    assert torch.equal(model[0].mask, mask)
 
 
 def test_what_cannot_be_converted_says_why():
