@@ -409,6 +409,8 @@ class PackedWeight:
             FileFormatError: naming what is wrong.
         """
         structure, shape, coding = _read_meta(meta)
+        if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
+            raise FileFormatError("packed weight: its tensors are no mapping from names to tensors")
         expected = {"values", "bias", "order", *(f"pattern.{name}" for name in _PATTERN_TENSORS[coding])}
         if isinstance(structure, FanIn):
             expected.discard("pattern.counts")
@@ -685,6 +687,8 @@ def _check_index_list(tensor: torch.Tensor, limit: int, name: str) -> None:
 
 
 def _read_meta(meta: Mapping[str, Any]) -> tuple[Structure, tuple[int, ...], str]:
+    if not isinstance(meta, Mapping):
+        raise FileFormatError(f"packed weight: its description is {meta!r}; structure, shape and coding expected")
     if set(meta) != {"structure", "shape", "coding"}:
         raise FileFormatError(f"packed weight: keys {sorted(map(str, meta))}; structure, shape and coding expected")
     shape, coding = meta["shape"], meta["coding"]
@@ -701,7 +705,7 @@ def _read_meta(meta: Mapping[str, Any]) -> tuple[Structure, tuple[int, ...], str
         raise FileFormatError(
             f"packed weight: {shape!r} is no shape of two to eight dimensions and at most {_LARGEST_COUNT} entries"
         )
-    if coding not in _PATTERN_TENSORS:
+    if not isinstance(coding, str) or coding not in _PATTERN_TENSORS:
         raise FileFormatError(f"packed weight: unknown coding {coding!r}; one of {sorted(_PATTERN_TENSORS)} expected")
     if isinstance(structure, Block) and structure.shape[0] * structure.shape[1] > _LARGEST_COUNT:
         raise FileFormatError(f"packed weight: {structure} is larger than any weight")
