@@ -53,6 +53,10 @@ SE_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 SE_INLINE Vec round_to_int(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 SE_INLINE Vec scale_by_power_of_two(Vec v, Vec power) { return _mm512_scalef_ps(v, power); }
 SE_INLINE Vec sqrt(Vec v) { return _mm512_sqrt_ps(v); }
+// then where x < bound, otherwise elsewhere and for NaN
+SE_INLINE Vec where_below(Vec x, Vec bound, Vec then, Vec otherwise) {
+    return _mm512_mask_mov_ps(otherwise, _mm512_cmp_ps_mask(x, bound, _CMP_LT_OQ), then);
+}
 
 #elif defined(__AVX2__)
 
@@ -91,6 +95,9 @@ SE_INLINE Vec scale_by_power_of_two(Vec v, Vec power) {  // power within ±254: 
     return _mm256_mul_ps(v, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
 }
 SE_INLINE Vec sqrt(Vec v) { return _mm256_sqrt_ps(v); }
+SE_INLINE Vec where_below(Vec x, Vec bound, Vec then, Vec otherwise) {
+    return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(x, bound, _CMP_LT_OQ));
+}
 
 #else
 
@@ -166,6 +173,10 @@ SE_INLINE Vec sqrt(Vec v) {
     SE_EACH v.lane[i] = std::sqrt(v.lane[i]);
     return v;
 }
+SE_INLINE Vec where_below(Vec x, Vec bound, Vec then, Vec otherwise) {
+    SE_EACH otherwise.lane[i] = x.lane[i] < bound.lane[i] ? then.lane[i] : otherwise.lane[i];
+    return otherwise;
+}
 #undef SE_EACH
 
 #endif
@@ -195,21 +206,36 @@ SE_INLINE HalfVec at_most(HalfVec x, HalfVec) { return x; }
 
 SE_INLINE uint32_t low_bits(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
 
-// e^x to about 1 ulp over the whole range: x = n·ln2 + r, |r| ≤ ln2/2, a polynomial in r, then 2^n. NaN stays NaN.
-SE_INLINE Vec exp(Vec x) {
+// e^x = 2^n · (1 + q·r): x = n·ln2 + r, |r| ≤ ln2/2, and q a polynomial in r. x is kept within −104..89; NaN stays NaN.
+struct ReducedExp {
+    Vec n, r, q;
+};
+SE_INLINE ReducedExp reduced_exp(Vec x) {
     Vec clamped = at_most(at_least(x, splat(-104.0f)), splat(89.0f));
     Vec n = round_to_int(mul(clamped, splat(1.44269504088896341f)));
     Vec r = fma(n, splat(-0.693145751953125f), clamped);  // ln2 in two parts: the first has few bits, so n·part is exact
     r = fma(n, splat(-1.42860682030941723e-6f), r);
-    Vec p = splat(1.0f / 5040);
-    p = fma(p, r, splat(1.0f / 720));
-    p = fma(p, r, splat(1.0f / 120));
-    p = fma(p, r, splat(1.0f / 24));
-    p = fma(p, r, splat(1.0f / 6));
-    p = fma(p, r, splat(0.5f));
-    p = fma(p, r, splat(1.0f));
-    p = fma(p, r, splat(1.0f));
-    return scale_by_power_of_two(p, n);
+    Vec q = splat(1.0f / 5040);
+    q = fma(q, r, splat(1.0f / 720));
+    q = fma(q, r, splat(1.0f / 120));
+    q = fma(q, r, splat(1.0f / 24));
+    q = fma(q, r, splat(1.0f / 6));
+    q = fma(q, r, splat(0.5f));
+    q = fma(q, r, splat(1.0f));
+    return {n, r, q};
+}
+
+// e^x to about 1 ulp over the whole range.
+SE_INLINE Vec exp(Vec x) {
+    ReducedExp e = reduced_exp(x);
+    return scale_by_power_of_two(fma(e.q, e.r, splat(1.0f)), e.n);
+}
+
+// e^x − 1 to a few ulp of itself, also for tiny x, where n = 0 and the result is q·x. For x up to 88.
+SE_INLINE Vec expm1(Vec x) {
+    ReducedExp e = reduced_exp(x);
+    Vec power = scale_by_power_of_two(splat(1.0f), e.n);
+    return fma(power, mul(e.q, e.r), sub(power, splat(1.0f)));
 }
 
 }  // namespace SE_ISA

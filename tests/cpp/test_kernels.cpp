@@ -311,6 +311,33 @@ TEST(activations) {
     check_map(Activation::erf, 0, 0, [](D x, D, D) { return std::erf(x); }, -4, 4);
 }
 
+// Element by element, from the smallest normal number up: what is tiny keeps its digits.
+void check_relative(Activation kind, double (*reference)(double), float high, double bound) {
+    std::vector<float> x;
+    for (double magnitude = 1.2e-38; magnitude < high; magnitude *= 1.0137)
+        for (float sign : {1.0f, -1.0f}) x.push_back(sign * static_cast<float>(magnitude));
+    std::vector<float> y(x.size(), kPoison);
+    kernels().activate(kind, 1, 0, x.data(), y.data(), static_cast<int64_t>(x.size()));
+    double worst = 0, at = 0;
+    for (size_t i = 0; i < x.size(); i++) {
+        double expected = reference(x[i]), error = std::fabs(y[i] - expected) / std::fabs(expected);
+        if (!(error <= worst)) worst = error, at = x[i];
+    }
+    if (!(worst <= bound)) {
+        std::ostringstream text;
+        text << "activation " << int(kind) << " at " << at << ": relative error " << worst;
+        check::fail(__FILE__, __LINE__, text.str());
+    }
+}
+
+TEST(tiny_arguments_keep_their_digits) {
+    check_relative(Activation::tanh, [](double x) { return std::tanh(x); }, 20, 5e-7);
+    check_relative(Activation::erf, [](double x) { return std::erf(x); }, 10, 5e-7);
+    check_relative(Activation::elu, [](double x) { return x > 0 ? x : std::expm1(x); }, 100, 5e-7);
+    check_relative(Activation::gelu, [](double x) { return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0))); }, 0.5f, 5e-7);
+    check_relative(Activation::silu, [](double x) { return x / (1 + std::exp(-x)); }, 50, 5e-7);
+}
+
 TEST(activations_at_the_edges) {
     auto one = [](Activation kind, float x) {
         float y = kPoison;
@@ -327,6 +354,11 @@ TEST(activations_at_the_edges) {
     CHECK_EQUAL(one(Activation::gelu, 50.0f), 50.0f);
     CHECK_EQUAL(one(Activation::gelu, 0.0f), 0.0f);
     CHECK_EQUAL(one(Activation::erf, 0.0f), 0.0f);
+    CHECK_EQUAL(one(Activation::erf, kInfinity), 1.0f);
+    CHECK_EQUAL(one(Activation::erf, -kInfinity), -1.0f);
+    CHECK_EQUAL(one(Activation::tanh, 0.0f), 0.0f);
+    CHECK_EQUAL(one(Activation::elu, -kInfinity), -1.0f);
+    CHECK_EQUAL(one(Activation::elu, kInfinity), kInfinity);
     for (Activation kind :
          {Activation::clamp, Activation::gelu, Activation::silu, Activation::sigmoid, Activation::tanh, Activation::exp,
           Activation::hardswish, Activation::elu, Activation::leaky_relu, Activation::square, Activation::erf, Activation::softplus})
