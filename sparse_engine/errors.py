@@ -11,6 +11,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ConvertError",
+    "ExtensionError",
     "FileFormatError",
     "MaskError",
     "PruneError",
@@ -49,6 +50,10 @@ class ShapeError(SparseEngineError):
 
 class BackendError(SparseEngineError):
     """A kernel that was asked for by name cannot run here; the message lists every candidate and its reasons."""
+
+
+class ExtensionError(SparseEngineError):
+    """A compiled module that was built from other sources than the Python code beside it; `make build` mends it."""
 
 
 class PruneError(SparseEngineError):

@@ -169,8 +169,12 @@ std::shared_ptr<VectorLayer> vector_layer(const std::optional<Array<int64_t>>& r
 
 }  // namespace
 
+// Raised together with INTERFACE in sparse_engine/ops/native.py when a name, an argument or a meaning below changes.
+constexpr int kInterface = 1;
+
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The C++ core of sparse_engine.";
+    m.attr("interface") = kInterface;
 
     m.def("cpu_info", [] {
         const CpuInfo& c = cpu_info();

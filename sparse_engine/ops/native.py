@@ -13,6 +13,7 @@ from torch import Tensor, float32, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from sparse_engine.errors import ExtensionError
 from sparse_engine.ops.pattern import Pattern, cached
 
 __all__ = [
@@ -31,6 +32,21 @@ __all__ = [
 # (`parameter.data.mul_(...)`).
 _PROBES = 64
 
+# What this code expects of the C++ module. Raised here and in csrc/bind/module.cpp together, whenever a name, an argument
+# or a meaning changes there: an old module beside newer Python is then refused instead of failing somewhere.
+INTERFACE = 1
+
+
+def _checked(module: ModuleType) -> ModuleType:
+    built = getattr(module, "interface", 0)
+    if built != INTERFACE:
+        raise ExtensionError(
+            f"{module.__file__} was built from other sources than the Python code beside it (interface {built}, "
+            f"{INTERFACE} expected). Build it again: `make build` in a checkout, `pip install .` for an installed package"
+        )
+    return module
+
+
 if importlib.util.find_spec("sparse_engine._C") is None:
     _extension = None
     _import_error = "the C++ extension is not built; `pip install .` builds it"
@@ -40,6 +56,8 @@ else:
     except ImportError as _error:
         _extension = None
         _import_error = f"the C++ extension cannot be loaded: {_error}"
+    else:
+        _checked(_extension)
 
 
 def extension() -> ModuleType | None:
