@@ -299,9 +299,8 @@ PYBIND11_MODULE(_C, m) {
 
     py::class_<VectorLayer, std::shared_ptr<VectorLayer>>(m, "VectorLinear")
         .def(py::init([](const std::optional<Array<int64_t>>& row_ptr, const std::optional<Array<int32_t>>& col, const py::array& values,
-                         const std::optional<Array<float>>& scales, int64_t rows, int64_t cols) {
-                 return vector_layer(row_ptr, col, values, scales, rows, cols);
-             }),
+                         const std::optional<Array<float>>& scales, int64_t rows,
+                         int64_t cols) { return vector_layer(row_ptr, col, values, scales, rows, cols); }),
              py::arg("row_ptr"), py::arg("cols"), py::arg("values"), py::arg("scales"), py::arg("rows"), py::arg("cols_count"),
              "values: float32, uint16 (the bits of bfloat16) or int8; without a pattern all rows x cols of them.")
         .def(
@@ -311,7 +310,8 @@ PYBIND11_MODULE(_C, m) {
             },
             py::arg("x"), py::arg("ldx"), py::arg("n"), py::arg("y"), py::arg("ldy"), py::arg("bias") = 0, Release())
         .def_property_readonly("nbytes", &VectorLayer::nbytes)
-        .def_property_readonly("stored", [](const VectorLayer& l) { return l.sparse ? l.sparse->stored() : l.dense->rows * l.dense->pitch; });
+        .def_property_readonly("stored",
+                               [](const VectorLayer& l) { return l.sparse ? l.sparse->stored() : l.dense->rows * l.dense->pitch; });
 
     // -------------------------------------------------------------------------------------------------------- plans
 
