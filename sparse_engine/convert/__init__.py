@@ -9,7 +9,8 @@ Example::
 
 from __future__ import annotations
 
-import sparse_engine.ops.native  # noqa: F401  (first: it refuses a compiled module that does not belong to this code)
+# First: it refuses a compiled module that does not belong to this code.
+import sparse_engine.ops.native
 from sparse_engine.convert.api import convert, relative_error
 from sparse_engine.convert.capture import Captured, capture
 from sparse_engine.convert.executable import Executable, load
