@@ -32,9 +32,9 @@ __all__ = [
 # (`parameter.data.mul_(...)`).
 _PROBES = 64
 
-# What this code expects of the C++ module. Raised here and in csrc/bind/module.cpp together, whenever a name, an
-# argument or a meaning changes there: an old module beside newer Python is then refused instead of failing somewhere.
-INTERFACE = 1
+# What this code expects of the C++ module. Raised here and in csrc/bind/module.cpp together when a name, an argument or
+# a meaning changes there: an old module beside newer Python is then refused instead of failing somewhere.
+INTERFACE = 2
 
 
 def _checked(module: ModuleType) -> ModuleType:
@@ -42,8 +42,7 @@ def _checked(module: ModuleType) -> ModuleType:
     if built != INTERFACE:
         raise ExtensionError(
             f"{module.__file__} was built from other sources than the Python code beside it (interface {built}, "
-            f"{INTERFACE} expected). Build it again: `make build` in a checkout, `pip install .` for an installed "
-            "package"
+            f"{INTERFACE} expected). Build it again: `make build` in a checkout, `pip install .` otherwise"
         )
     return module
 

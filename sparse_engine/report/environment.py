@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sparse_engine.errors import ExtensionError
+
 _CPU_FOLDER = Path("/sys/devices/system/cpu")
 _INSTRUCTION_SETS = (
     ("sse4_2", "SSE4.2"),
@@ -185,6 +187,8 @@ def native_core() -> dict[str, Any]:
         if core is None:
             return {"loaded": False, "reason": "; ".join(why_not_extension())}
         return {"loaded": True, "threads": core.get_num_threads(), **core.cpu_info()}
+    except ExtensionError as error:
+        return {"loaded": False, "reason": str(error)}
     except (ImportError, RuntimeError, ValueError) as error:
         return {"loaded": False, "reason": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"}
 

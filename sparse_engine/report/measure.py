@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from sparse_engine.errors import SparseEngineError
-from sparse_engine.ops import native
 
 _LARGE = 64 * 2**20
 """Bytes of the array whose reading measures memory bandwidth: larger than the last cache of most processors."""
@@ -122,7 +121,10 @@ def measure_ceilings(seconds: float = 0.4) -> Ceilings:
         convolution = flops / _best(lambda: torch.nn.functional.conv2d(x, w, padding=1), seconds / 5)
         reading = _LARGE / _best(lambda: array.sum(), seconds / 5)
         from_cache = _SMALL / _best(lambda: cached.sum(), seconds / 5)
-    peak = native.peak_gflops(threads, seconds / 5)
+    # Here, so that the command line can still say what is wrong with a compiled module that is refused.
+    from sparse_engine.ops.native import peak_gflops
+
+    peak = peak_gflops(threads, seconds / 5)
     return Ceilings(max(product, convolution) / 1e9, reading / 1e9, threads, peak, from_cache / 1e9)
 
 
