@@ -290,4 +290,14 @@ CONV_CASES = [
     ConvCase("infinity in a 1x1", 8, 6, (1, 1), (9, 9), special=("infinity",)),
     ConvCase("nan", 8, 6, (3, 3), (9, 9), special=("nan",)),
     ConvCase("infinity", 8, 6, (3, 3), (9, 9), special=("infinity",)),
+    *(
+        ConvCase(f"{value}, {name}", 8, 6, (3, 3), (9, 10), 2, special=(value,), **geometry)
+        for value in ("nan", "infinity")
+        for name, geometry in {
+            "padding": {"padding": 1},
+            "stride": {"stride": 2, "padding": 1},
+            "dilation": {"dilation": 2, "padding": 2},
+            "groups": {"groups": 2, "padding": 1},
+        }.items()
+    ),
 ]

@@ -170,7 +170,7 @@ std::shared_ptr<VectorLayer> vector_layer(const std::optional<Array<int64_t>>& r
 }  // namespace
 
 // Raised together with INTERFACE in sparse_engine/ops/native.py when a name, an argument or a meaning below changes.
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The C++ core of sparse_engine.";
@@ -285,7 +285,7 @@ PYBIND11_MODULE(_C, m) {
         .def(
             "input_grad",
             [](ConvLayer& l, uintptr_t dy, int64_t n, int64_t h, int64_t w, uintptr_t dx) {
-                l.input_grad(address(dy), n, h, w, address(dx));
+                return l.input_grad(address(dy), n, h, w, address(dx));
             },
             Release())
         .def(

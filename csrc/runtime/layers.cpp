@@ -1,6 +1,7 @@
 #include "runtime/layers.h"
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -120,7 +121,14 @@ std::shared_ptr<const PanelMatrix> SparseOperator::transposed_matrix() {
     }
     if (transposed_stale_) {
         std::vector<float> ordered(nnz());
-        for (int64_t i = 0; i < nnz(); i++) ordered[i] = (*values_)[transposed_order_[i]];
+        uint32_t largest = 0;  // as an integer, an infinity or NaN is larger than every finite magnitude
+        for (int64_t i = 0; i < nnz(); i++) {
+            uint32_t bits;
+            ordered[i] = (*values_)[transposed_order_[i]];
+            std::memcpy(&bits, &ordered[i], sizeof bits);
+            largest = std::max(largest, bits & 0x7fffffffu);
+        }
+        finite_ = largest < 0x7f800000u;
         transposed_->set_values(ordered.data());
         transposed_stale_ = false;
     }
@@ -356,12 +364,14 @@ void ConvLayer::forward(const float* x, int64_t n, int64_t h, int64_t w, float* 
     p->run(pointers, 0);
 }
 
-void ConvLayer::input_grad(const float* dy, int64_t n, int64_t h, int64_t w, float* dx) {
-    if (n == 0) return;
+bool ConvLayer::input_grad(const float* dy, int64_t n, int64_t h, int64_t w, float* dx) {
+    if (n == 0) return true;
     auto p = plan({1, n, h, w, false});
     transposed_matrix();
+    if (!finite_ && !geometry_.pointwise()) return false;
     float* pointers[] = {const_cast<float*>(dy), dx, nullptr};
     p->run(pointers, 0);
+    return true;
 }
 
 void ConvLayer::weight_grad(const float* dy, const float* x, int64_t n, int64_t h, int64_t w, float* dvalues) {

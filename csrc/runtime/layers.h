@@ -42,6 +42,7 @@ class SparseOperator {
     bool lookup_too_large_ = false;
     std::vector<int64_t> transposed_order_;
     bool forward_stale_ = true, transposed_stale_ = true, lookup_stale_ = true;
+    bool finite_ = true;  // the values in the transposed matrix
     std::mutex mutex_;
 };
 
@@ -64,7 +65,8 @@ class ConvLayer : public SparseOperator {
     // col: columns of weight.reshape(M, -1), that is within the row's group.
     ConvLayer(std::vector<int64_t> row_ptr, std::vector<int32_t> col, int64_t out_channels, int64_t groups, const ConvGeometry& geometry);
     void forward(const float* x, int64_t n, int64_t h, int64_t w, float* y, const float* bias);
-    void input_grad(const float* dy, int64_t n, int64_t h, int64_t w, float* dx);
+    // False, with dx untouched, where the weight holds an infinity or NaN and the kernel would multiply it with the zeros around dy.
+    bool input_grad(const float* dy, int64_t n, int64_t h, int64_t w, float* dx);
     void weight_grad(const float* dy, const float* x, int64_t n, int64_t h, int64_t w, float* dvalues);
 
   protected:

@@ -402,18 +402,25 @@ def _cpu_input_grad(grad, values, input_size, row_ptr, cols, weight_shape, strid
     if cols.numel() == 0 or grad.numel() == 0 or 0 in size:
         return grad.new_zeros(size)
     native_conv = product(row_ptr, cols, weight_shape, stride, padding, dilation, groups, block)
-    return _native_input_grad(grad, values, native_conv, size)
+    dx = _native_input_grad(grad, values, native_conv, size)
+    if dx is None:
+        geometry = (weight_shape, stride, padding, dilation, groups, block)
+        dx = reference_input_grad(grad, values, input_size, row_ptr, cols, *geometry)
+    return dx
 
 
 def _native_input_grad(
     grad: torch.Tensor, values: torch.Tensor, native_conv: native.NativeProduct, size: tuple[int, ...]
-) -> torch.Tensor:
+) -> torch.Tensor | None:
+    """The input gradient; None where a weight is infinite or NaN, which the kernel would multiply with the zeros that
+    it reads around the upstream gradient: a border that stays finite in a dense layer would become NaN.
+    """
     dx = torch.empty(size, dtype=torch.float32)
     planes = grad.contiguous()
     with native_conv.lock:
         native_conv.load(values)
-        native_conv.handle.input_grad(planes.data_ptr(), *_batch(dx), dx.data_ptr())
-    return dx
+        done = native_conv.handle.input_grad(planes.data_ptr(), *_batch(dx), dx.data_ptr())
+    return dx if done else None
 
 
 @registry.register("sparse_conv2d_weight_grad", "cpu", why_not=_why_not_cpu_weight_grad)
@@ -459,5 +466,8 @@ class EagerConv2d(torch.autograd.Function):
             dvalues = op.sparse_conv2d_weight_grad(grad, x, *rest) if wants_values else None
         else:
             dx = _native_input_grad(grad, values, native_conv, x.shape) if wants_x else None
+            if dx is None and wants_x:
+                size = (x.shape[2], x.shape[3])
+                dx = reference_input_grad(grad, values, size, pattern.row_ptr, pattern.cols, *ctx.geometry)
             dvalues = _native_weight_grad(grad, x, native_conv, pattern.num_values) if wants_values else None
         return dx, dvalues, grad.sum((0, 2, 3)) if wants_bias else None, None, None, None, None

@@ -88,7 +88,7 @@ void check_convolution(const Convolution& conv, int64_t batch, double density) {
 
     std::vector<float> got_y(out, kPoison), got_dx(in, kPoison), got_dv(dv.size(), kPoison);
     layer.forward(x.data(), batch, g.height, g.width, got_y.data(), bias.data());
-    layer.input_grad(dy.data(), batch, g.height, g.width, got_dx.data());
+    CHECK(layer.input_grad(dy.data(), batch, g.height, g.width, got_dx.data()));
     layer.weight_grad(dy.data(), x.data(), batch, g.height, g.width, got_dv.data());
     std::ostringstream what;
     what << g.channels << " -> " << conv.out_channels << " channels, " << g.kernel_h << "x" << g.kernel_w << ", stride " << g.stride_h

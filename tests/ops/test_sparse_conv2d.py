@@ -26,15 +26,6 @@ def dense_gradients(data, case):
     return y, x.grad, dvalues, None if bias is None else bias.grad
 
 
-def with_zeros_multiplied(data):
-    """The input gradient (stride 1, no padding) as a correlation over an upstream gradient surrounded by zeros."""
-    kernel = data.weight.double().flip(2, 3).transpose(0, 1)
-    tall, wide = kernel.shape[2] - 1, kernel.shape[3] - 1
-    padded = torch.nn.functional.pad(data.upstream.double(), (wide, wide, tall, tall))
-    columns = torch.nn.functional.unfold(padded, kernel.shape[2:])
-    return (kernel.flatten(1) @ columns).reshape(data.x.shape)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CONV_CASES, ids=lambda case: case.name)
 def test_output_and_gradients(case, backend, poisoned_memory):
@@ -45,13 +36,7 @@ def test_output_and_gradients(case, backend, poisoned_memory):
     y.backward(data.upstream)
     expected, dx, dvalues, dbias = dense_gradients(data, case)
     assert_close_to_fp64(y, expected)
-    if case.special in (("nan",), ("infinity",)):
-        # At the border it is left open whether the zeros around the upstream gradient are multiplied with the weight.
-        inside = with_zeros_multiplied(data).isfinite()
-        assert_close_to_fp64(x.grad[inside], dx[inside], name="input gradient")
-        assert not x.grad[~dx.isfinite()].isfinite().any()
-    else:
-        assert_close_to_fp64(x.grad, dx, name="input gradient")
+    assert_close_to_fp64(x.grad, dx, name="input gradient")
     assert_close_to_fp64(values.grad, dvalues, name="weight gradient")
     if bias is not None:
         assert_close_to_fp64(bias.grad, dbias, name="bias gradient")
