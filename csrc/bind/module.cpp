@@ -15,6 +15,7 @@
 #include "runtime/plan.h"
 #include "runtime/tensor_ops.h"
 #include "runtime/vector_product.h"
+#include "runtime/winograd.h"
 
 namespace py = pybind11;
 using namespace sparse_engine;
@@ -68,12 +69,14 @@ FloatVector optional_floats(const std::optional<Array<float>>& a) {
 // A weight in one kernel's layout, shared by the plans of every batch size.
 struct Weight {
     std::shared_ptr<const PanelMatrix> panels;
+    std::shared_ptr<const WinogradWeight> winograd;
     std::shared_ptr<std::vector<int64_t>> row_ptr;  // vector layout
     std::shared_ptr<std::vector<int32_t>> col;
     FloatVector values;
     int64_t rows = 0, cols = 0;
     int64_t nbytes() const {
         if (panels) return panels->nbytes();
+        if (winograd) return winograd->nbytes();
         return static_cast<int64_t>((row_ptr ? row_ptr->size() * 8 + col->size() * 4 : 0) + values->size() * 4);
     }
 };
@@ -170,7 +173,7 @@ std::shared_ptr<VectorLayer> vector_layer(const std::optional<Array<int64_t>>& r
 }  // namespace
 
 // Raised together with INTERFACE in sparse_engine/ops/native.py when a name, an argument or a meaning below changes.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The C++ core of sparse_engine.";
@@ -347,6 +350,18 @@ PYBIND11_MODULE(_C, m) {
             },
             py::arg("values"), py::arg("panel") = 8, py::arg("part") = 256, py::arg("row_block") = 0)
         .def_static(
+            "winograd",
+            [](const Array<float>& values, const py::dict& g) {
+                ConvGeometry geo = geometry(g);
+                if (values.ndim() != 2 || values.shape(1) != geo.channels * geo.taps())
+                    throw std::invalid_argument("the weight does not fit the geometry");
+                auto w = std::make_shared<Weight>();
+                w->rows = values.shape(0), w->cols = values.shape(1);
+                w->winograd = std::make_shared<WinogradWeight>(w->rows, geo, values.data());
+                return w;
+            },
+            py::arg("values"), py::arg("geometry"))
+        .def_static(
             "vector",
             [](const std::optional<Array<int64_t>>& row_ptr, const std::optional<Array<int32_t>>& col, const Array<float>& values,
                int64_t rows, int64_t cols) {
@@ -371,7 +386,10 @@ PYBIND11_MODULE(_C, m) {
             py::arg("row_ptr"), py::arg("cols"), py::arg("values"), py::arg("rows"), py::arg("cols_count"))
         .def_property_readonly("nbytes", &Weight::nbytes)
         .def_property_readonly("stored",
-                               [](const Weight& w) { return w.panels ? w.panels->stored() : static_cast<int64_t>(w.values->size()); })
+                               [](const Weight& w) {
+                                   if (w.panels) return w.panels->stored();
+                                   return static_cast<int64_t>(w.winograd ? w.winograd->packed.size() : w.values->size());
+                               })
         .def_readonly("rows", &Weight::rows)
         .def_readonly("cols", &Weight::cols);
 
@@ -394,6 +412,10 @@ PYBIND11_MODULE(_C, m) {
         },
         "Whether every tap of the convolution is a shift of its input's planes (after splitting strides into phases).");
 
+    m.def(
+        "winograd_applies", [](const py::dict& g) { return WinogradWeight::applies(geometry(g)); },
+        "Whether Winograd's method along the rows applies to a convolution of this geometry.");
+
     py::class_<PlanBuilder, std::shared_ptr<PlanBuilder>>(m, "Plan")
         .def(py::init<int64_t, std::vector<int64_t>>(), py::arg("arena_floats"), py::arg("external_floats"))
         .def("conv",
@@ -411,6 +433,21 @@ PYBIND11_MODULE(_C, m) {
                  b.check_planes(out, out_rows, out_stride, whole);
                  if (residual) b.check_planes(*residual, out_rows, residual_stride, whole);
                  if (bias && bias->size() != out_rows) throw std::invalid_argument(name + ": the bias does not fit the rows");
+                 if (weight.winograd) {
+                     const WinogradWeight& w = *weight.winograd;
+                     if (depthwise || !WinogradWeight::applies(geo) || w.channels != geo.channels || w.kernel_h != geo.kernel_h || w.kernel_w != geo.kernel_w || w.stride_w != geo.stride_w)
+                         throw std::invalid_argument(name + ": the weight does not fit the geometry");
+                     if (geo.width > 1 && x.strides[3] != 1) throw std::invalid_argument(name + ": the input's rows are not contiguous");
+                     auto node = std::make_unique<WinogradNode>();
+                     node->geometry = geo, node->weight = weight.winograd, node->bias = optional_floats(bias);
+                     node->x = x.ref, node->stride_n = x.strides[0], node->stride_c = x.strides[1], node->stride_h = x.strides[2];
+                     node->out = ref(out), node->out_stride = out_stride;
+                     if (residual) node->has_residual = true, node->residual = ref(*residual), node->residual_stride = residual_stride;
+                     node->epilogue = epilogue(activation);
+                     node->prepare();
+                     b.add(name, std::move(node));
+                     return;
+                 }
                  Ref source = x.ref;
                  int64_t source_stride = x.strides[1];
                  if (use_phases) {

@@ -39,8 +39,9 @@ class AlignedBuffer {
     }
     size_t bytes() const { return bytes_; }
 
+    static constexpr size_t kHuge = size_t(2) << 20;  // from this size on, huge pages
+
   private:
-    static constexpr size_t kHuge = size_t(2) << 20;
     void allocate(size_t bytes) {
         size_t alignment = bytes >= kHuge ? kHuge : 64;
         bytes_ = (bytes + alignment - 1) / alignment * alignment;

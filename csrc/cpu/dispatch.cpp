@@ -14,6 +14,7 @@ namespace sparse_engine {
     void fill_losses(KernelTable&);      \
     void fill_peak(KernelTable&);        \
     void fill_vector(KernelTable&);      \
+    void fill_winograd(KernelTable&);    \
     }
 SE_BUILD(portable)
 #if defined(__x86_64__)
@@ -27,7 +28,8 @@ namespace {
     [] {                                                                                                                             \
         KernelTable t{};                                                                                                             \
         t.name = #ISA, t.lanes = LANES;                                                                                              \
-        ISA::fill_spmm(t), ISA::fill_pack(t), ISA::fill_elementwise(t), ISA::fill_losses(t), ISA::fill_peak(t), ISA::fill_vector(t); \
+        ISA::fill_spmm(t), ISA::fill_pack(t), ISA::fill_elementwise(t), ISA::fill_losses(t), ISA::fill_peak(t), ISA::fill_vector(t), \
+            ISA::fill_winograd(t);                                                                                                   \
         return t;                                                                                                                    \
     }()
 

@@ -133,6 +133,37 @@ struct RowsArgs {
     VectorArgs to;
 };
 
+// One channel and phase of some rows of an image: see kernels_winograd.cpp.
+struct WinogradInputArgs {
+    const float* quarter[4];  // every fourth pixel of each row, from the first, second, third and fourth on
+    int64_t pitch;            // floats from one row to the next; tiles + 2 are read, and up to a vector more
+    int64_t rows, tiles;
+    int64_t classes, class_stride;  // row r goes to class r % classes, there to row r / classes
+    int64_t point_stride;
+    bool spare;  // a phase of three taps among others of four: one point is left out
+    float* to;
+};
+constexpr int kWinogradSpare = 4;  // that point: −2
+
+// `rows` rows of outputs (at most winograd_rows) for the columns (row of the image, tile) from column0 on, some vectors of them.
+struct WinogradPanelArgs {
+    const float* weights;  // [point][entry][winograd_rows]
+    const float* planes;   // transformed input of the first point
+    int64_t point_stride;
+    const int64_t* offset;  // of each entry's plane, for column 0
+    int64_t entries;
+    int64_t fewer;             // of them at kWinogradSpare, with four taps
+    int64_t column0, columns;  // of `columns` in all: results past them are not stored
+    int64_t tiles, out_width;
+    int rows;
+    const float* bias;      // or null
+    const float* residual;  // like out, or null
+    size_t residual_stride;
+    float* out;  // first row, column 0
+    size_t out_stride;
+    float low, high;
+};
+
 constexpr int kMaxVectors = 8;
 
 struct KernelTable {
@@ -142,6 +173,10 @@ struct KernelTable {
     SpmmKernel dense[4][kMaxVectors + 1];
     SpmmKernel sparse_half[kMaxVectors];  // panel 1: so many vectors and half a vector more; null where vectors have no halves
     int max_vectors[4];
+    int winograd_rows, winograd_vectors;                        // of a panel, at most
+    void (*winograd_input[2])(const WinogradInputArgs&);        // for filters of three and of four taps
+    void (*winograd_panel[2][6])(const WinogradPanelArgs&);     // the same, by vectors − 1
+    bool (*all_below)(const float* x, int64_t n, float bound);  // |x[i]| < bound for all i; false where there is a NaN
     void (*im2col)(const Im2colArgs&);
     void (*depthwise)(const DepthwiseArgs&);
     // tile[k][i] = x[i · ld + k] for i < n (zero up to `width`), k < columns: row-major activations into a tile of pixels along the vector.

@@ -2,6 +2,7 @@
 // at once.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -44,7 +45,8 @@ class Context {
     float* at(const Ref& ref) const { return (ref.buffer == 0 ? arena.as<float>() : external[ref.buffer - 1]) + ref.offset; }
     // Scratch of the thread that runs with `slot`; the content is lost between calls.
     float* scratch(int slot, size_t floats) {
-        scratch_[slot].reserve(floats * sizeof(float));
+        // On a huge page: kernels stream through it, and the prefetcher stops at the end of a small one.
+        scratch_[slot].reserve(std::max(floats * sizeof(float), AlignedBuffer::kHuge));
         return scratch_[slot].as<float>();
     }
     AlignedBuffer arena;

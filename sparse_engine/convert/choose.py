@@ -115,6 +115,9 @@ def candidates(problem: LinearProblem, threads: int) -> list[LinearChoice]:
             add("dense", panel, 256, PANEL_VECTORS[panel])
         if problem.pixels <= 2 * LANES:
             add("dense", DENSE_PANEL, 256, 1)
+        # Half the products at best: no use where the kept ones are far fewer.
+        if problem.winograd and 0.4 * dense_cost < best:
+            add("winograd", 1, 256, 4)
     return found
 
 

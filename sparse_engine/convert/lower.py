@@ -147,8 +147,8 @@ class LinearChoice:
     """How one linear operator is computed.
 
     Args:
-        kernel: "sparse" (panel kernel over kept entries), "dense" (panel kernel over all), "depthwise" or "vector"
-        (one pixel; dense or sparse rows).
+        kernel: "sparse" (panel kernel over kept entries), "dense" (panel kernel over all), "winograd" (over all, with
+        half the multiplications), "depthwise" or "vector" (one pixel; dense or sparse rows).
         panel: rows that share a load of the input.
         part: columns worked on at a time, at most 256.
         row_block: rows per work item, 0 for all.
@@ -171,7 +171,7 @@ class LinearChoice:
         if (
             not isinstance(data, Mapping)
             or data.keys() != {"kernel", *ranges}
-            or data["kernel"] not in ("sparse", "dense", "depthwise", "vector")
+            or data["kernel"] not in ("sparse", "dense", "winograd", "depthwise", "vector")
         ):
             raise ConvertError(f"a kernel choice has a kernel, {', '.join(ranges)}; got {data!r:.120}")
         for key, (low, high) in ranges.items():
@@ -235,6 +235,12 @@ class LinearProblem:
         return self.geometry["r"] * self.geometry["s"]
 
     @property
+    def out_width(self) -> int:
+        g = self.geometry
+        padded = g["w"] + g["padding"][1] + g["padding"][3]
+        return (padded - g["dilation"][1] * (g["s"] - 1) - 1) // g["stride"][1] + 1
+
+    @property
     def depthwise(self) -> bool:
         return self.groups > 1 and self.groups == self.channels and _C.shifts_only(self.geometry)
 
@@ -244,12 +250,21 @@ class LinearProblem:
         return self.taps == 1 and g["stride"] == (1, 1) and not any(g["padding"])
 
     @property
+    def winograd(self) -> bool:
+        """Whether Winograd's method along the rows applies: three or four taps per phase, weights of usual size."""
+        if self.groups != 1 or not _C.winograd_applies(self.geometry):
+            return False
+        return bool(numpy.abs(self.weight).max(initial=0.0) < _WINOGRAD_LARGEST)  # False for NaN
+
+    @property
     def vector(self) -> bool:
         return self.pixels == 1 and self.groups == 1 and self.pointwise
 
 
 _WIDE_PANELS = LANES == 16  # the register file holds 8 rows × 3 vectors
 _PANEL_COST = {1: 1.35, 2: 1.2, 4: 1.05, 8: 1.0} if _WIDE_PANELS else {1: 1.3, 2: 1.15, 4: 1.0}
+_WINOGRAD_LARGEST = 1e18  # of a weight, as the native kernel has it
+_WINOGRAD_WIDTH = 9  # of the output: narrower images waste too much of their tiles of four
 DENSE_PANEL = 8 if _WIDE_PANELS else 4
 # Vectors per tile that keep enough sums in flight (an FMA takes four cycles) and the tile small.
 PANEL_VECTORS = {1: 4, 2: 4, 4: 6 if _WIDE_PANELS else 3, 8: 2 if _WIDE_PANELS else 1}
@@ -277,6 +292,8 @@ def default_choice(problem: LinearProblem, threads: int = 0) -> LinearChoice:
     dense = (
         problem.groups == 1 and panel_entries(problem.weight, best) * _PANEL_COST[best] >= 0.97 * problem.rows * columns
     )
+    if dense and problem.out_width >= _WINOGRAD_WIDTH and problem.winograd:
+        return LinearChoice("winograd")
     panel = DENSE_PANEL if dense else best
     vectors = PANEL_VECTORS[panel]
     choice = LinearChoice("dense" if dense else "sparse", panel, 128 if panel == 1 else 256, 0, vectors)
@@ -456,6 +473,8 @@ def make_weight(problem: LinearProblem, choice: LinearChoice) -> Any:
         if problem.nonzeros > 0.5 * problem.rows * problem.columns:
             return _C.Weight.vector(None, None, problem.weight, *shape)
         return _C.Weight.vector(*problem.csr(), *shape)
+    if choice.kernel == "winograd":
+        return _C.Weight.winograd(problem.weight, problem.geometry)
     if choice.kernel == "dense":
         if problem.groups != 1:
             raise ConvertError(f"{problem.name}: the dense kernel has no groups")
@@ -750,6 +769,10 @@ class _Lowering:
     ) -> None:
         self.problems[node.name] = problem
         choice = self._choice(problem)
+        if choice.kernel == "winograd":
+            phases = 0  # it reads the rows as they are
+            if x.strides[3] != 1 and x.sizes[3] > 1:
+                x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
         if choice.kernel == "vector" and x.strides[1] != 1 and problem.channels > 1:
             x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
         key = (node.params["weight"], node.name, choice.kernel, choice.panel, choice.part, choice.row_block)
@@ -1170,6 +1193,7 @@ def _lookup(choices: Any, problem: LinearProblem, threads: int) -> LinearChoice 
         (choice.kernel == "vector") != problem.vector
         or (choice.kernel == "depthwise") != problem.depthwise
         or (choice.kernel == "dense" and problem.groups != 1)
+        or (choice.kernel == "winograd" and not problem.winograd)
     ):
         return None
     if choice.kernel in ("sparse", "dense") and (entry.get("pixels") != problem.pixels or threads == 1):

@@ -34,7 +34,7 @@ _PROBES = 64
 
 # What this code expects of the C++ module. Raised here and in csrc/bind/module.cpp together when a name, an argument or
 # a meaning changes there: an old module beside newer Python is then refused instead of failing somewhere.
-INTERFACE = 2
+INTERFACE = 3
 
 
 def _checked(module: ModuleType) -> ModuleType:

@@ -5,6 +5,7 @@
 #include "core/thread_pool.h"
 #include "runtime/layers.h"
 #include "runtime/tensor_ops.h"
+#include "runtime/winograd.h"
 
 using namespace sparse_engine;
 using check::kPoison;
@@ -99,7 +100,87 @@ void check_convolution(const Convolution& conv, int64_t batch, double density) {
         check::fail(__FILE__, __LINE__, "weight gradient of " + what.str());
 }
 
+// One convolution by Winograd's method, on `threads` threads; x is [image][channel][pixel], the result [channel][image][pixel].
+std::vector<float> winograd(const ConvGeometry& g, const std::shared_ptr<const WinogradWeight>& weight, const std::vector<float>& bias,
+                            std::vector<float> x, std::vector<float> residual, const Epilogue& epilogue, int threads) {
+    auto node = std::make_unique<WinogradNode>();
+    int64_t pixels = g.batch * g.out_height() * g.out_width();
+    node->geometry = g, node->weight = weight, node->bias = std::make_shared<const std::vector<float>>(bias);
+    node->x = {1, 0}, node->stride_n = g.channels * g.height * g.width, node->stride_c = g.height * g.width, node->stride_h = g.width;
+    node->out = {2, 0}, node->out_stride = pixels, node->epilogue = epilogue;
+    if (!residual.empty()) node->has_residual = true, node->residual = {3, 0}, node->residual_stride = pixels;
+    node->prepare();
+    Plan plan(1, 3);
+    plan.add(std::move(node));
+    std::vector<float> y(static_cast<size_t>(weight->rows * pixels) + 1, kPoison);
+    float* pointers[] = {x.data(), y.data(), residual.data()};
+    plan.run(pointers, threads);
+    CHECK(std::memcmp(&y.back(), &kPoison, sizeof kPoison) == 0);  // nothing written past the end
+    y.pop_back();
+    return y;
+}
+
+void check_winograd(const ConvGeometry& g, int64_t rows, bool with_residual, float odd_one) {
+    const int64_t cols = g.channels * g.taps(), pixels = g.out_height() * g.out_width();
+    Random random(static_cast<uint64_t>(cols + rows));
+    std::vector<float> w = random.floats(static_cast<size_t>(rows * cols)), bias = random.floats(static_cast<size_t>(rows));
+    std::vector<float> x = random.floats(static_cast<size_t>(g.batch * g.channels * g.height * g.width));
+    std::vector<float> residual = random.floats(with_residual ? static_cast<size_t>(rows * g.batch * pixels) : 0);
+    if (odd_one != 0) x[x.size() / 2] = odd_one;
+    std::vector<double> expected(static_cast<size_t>(rows * g.batch * pixels));
+    auto at = [&](int64_t n, int64_t m, int64_t p) { return static_cast<size_t>((m * g.batch + n) * pixels + p); };
+    for (int64_t n = 0; n < g.batch; n++)
+        for (int64_t m = 0; m < rows; m++)
+            for (int64_t p = 0; p < pixels; p++)
+                expected[at(n, m, p)] = double(bias[static_cast<size_t>(m)]) + (with_residual ? residual[at(n, m, p)] : 0.0f);
+    Convolution{g, rows, 1}.each(g.batch, [&](int64_t k, int64_t i, int64_t o) {
+        expected[at(o / pixels / rows, o / pixels % rows, o % pixels)] += double(w[static_cast<size_t>(k)]) * x[static_cast<size_t>(i)];
+    });
+    Epilogue clamp{Activation::clamp, -4.0f, 4.0f};
+    double scale = 1;
+    for (double& v : expected) {
+        if (std::abs(v) < 1e6) scale = std::max(scale, std::abs(v));
+        v = std::isnan(v) ? v : std::min(4.0, std::max(-4.0, v));
+    }
+    auto weight = std::make_shared<const WinogradWeight>(rows, g, w.data());
+    std::vector<float> y = winograd(g, weight, bias, x, residual, clamp, 1);
+    CHECK(y.size() == expected.size());
+    bool right = true;
+    for (size_t i = 0; i < y.size(); i++)
+        right = right && (std::isnan(expected[i]) ? std::isnan(y[i]) : std::abs(y[i] - expected[i]) <= kBound * scale);
+    std::ostringstream what;
+    what << g.channels << " -> " << rows << " channels, " << g.kernel_h << "x" << g.kernel_w << ", stride " << g.stride_h << "x"
+         << g.stride_w << ", image " << g.height << "x" << g.width << ", one input " << odd_one;
+    if (!right) check::fail(__FILE__, __LINE__, "Winograd, " + what.str());
+    std::vector<float> again = winograd(g, weight, bias, x, residual, clamp, 3);
+    if (std::memcmp(y.data(), again.data(), y.size() * sizeof(float)) != 0)
+        check::fail(__FILE__, __LINE__, "Winograd on three threads, " + what.str());
+}
+
 }  // namespace
+
+TEST(winograd_along_the_rows) {
+    set_num_threads(3);
+    const float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+    for (float odd_one : {0.0f, infinity, -nan, 3e37f, -0.0f})
+        for (bool residual : {false, true}) {
+            // channels, image, kernel, stride, padding (top, left, bottom, right), dilation
+            check_winograd({1, 3, 30, 45, 7, 7, 2, 2, 3, 3, 3, 3, 1, 1}, 9, residual, odd_one);    // ResNet's first, odd sizes
+            check_winograd({2, 2, 16, 64, 7, 7, 2, 2, 3, 3, 2, 2, 1, 1}, 4, residual, odd_one);    // rows of whole tiles
+            check_winograd({3, 5, 13, 14, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1}, 8, residual, odd_one);    // several images
+            check_winograd({1, 1, 1, 3, 1, 3, 1, 1, 0, 0, 0, 0, 1, 1}, 1, residual, odd_one);      // one output
+            check_winograd({1, 4, 9, 200, 3, 3, 3, 1, 0, 2, 3, 1, 2, 1}, 5, residual, odd_one);    // long rows, stride and dilation down
+            check_winograd({1, 2, 11, 12, 2, 4, 1, 1, 1, 3, 0, 3, 1, 1}, 3, residual, odd_one);    // four taps
+            check_winograd({1, 2, 10, 33, 5, 5, 1, 2, 2, 2, 2, 2, 1, 1}, 6, residual, odd_one);    // three and two taps
+            check_winograd({1, 2, 12, 31, 8, 8, 2, 2, 0, 0, 7, 7, 1, 1}, 6, residual, odd_one);    // four and four
+            check_winograd({1, 40, 60, 20, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1}, 13, residual, odd_one);  // several bands
+        }
+    ConvGeometry far{1, 1, 8, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 2};
+    CHECK(!WinogradWeight::applies(far));
+    std::vector<float> bad(9, nan);
+    CHECK_THROWS(WinogradWeight(1, (ConvGeometry{1, 1, 8, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1}), bad.data()), std::invalid_argument, "finite");
+    CHECK_THROWS(WinogradWeight(1, far, bad.data()), std::invalid_argument, "does not apply");
+}
 
 TEST(linear_layers_and_their_gradients) {
     set_num_threads(2);
