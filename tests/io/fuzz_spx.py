@@ -1,11 +1,12 @@
 """A fuzzer for `.spx` files: damaged files must load, or give one `FileFormatError`; nothing else, and quickly.
 
-    python -m tests.io.fuzz_spx --minutes 30 --stage run --out fuzz
+    python -m tests.io.fuzz_spx --minutes 30 --stage run --record
 
 Every case follows from its number alone, so a finding is repeated with `--case NUMBER`. Cases run in a child process
 with a bound on its memory: a crash, a hang or an absurd allocation costs that process only, and is reported.
 
 Stages: `read` reads the file and unpacks its constants; `load` builds the executable; `run` calls it too.
+`--record` writes bench/results/fuzz_spx.json, which docs/spx.md shows.
 """
 
 from __future__ import annotations
@@ -66,15 +67,41 @@ def _executables(folder: Path) -> list[Path]:
 
     torch.manual_seed(0)
     paths = []
-    for name, model, shape in (("cnn", _Cnn(), (1, 3, 8, 8)), ("attention", _Attention(), (1, 4, 8))):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.mul_(torch.rand_like(parameter) < 0.3)
+    models = (
+        ("cnn", _random_zeros(_Cnn()), (1, 3, 8, 8)),
+        ("attention", _random_zeros(_Attention()), (1, 4, 8)),
+        ("structures", _structures(), (1, 32)),
+    )
+    for name, model, shape in models:
         path = folder / f"{name}.spx"
         se.convert(model.eval(), (torch.randn(shape),), tune=False, threads=1).save(path)
         paths.append(path)
     return paths
+
+
+def _random_zeros(model: torch.nn.Module) -> torch.nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(torch.rand_like(parameter) < 0.3)
+    return model
+
+
+@torch.no_grad()
+def _structures() -> torch.nn.Module:
+    """Layers whose weights are packed in different ways: loaded weights stay packed, and kernels read them so."""
+    masks = [torch.rand(32, 32) < 0.05 for _ in range(5)]
+    masks[1] = torch.kron(torch.eye(4), torch.ones(8, 8)) > 0
+    masks[2] = (torch.arange(32) + torch.arange(32)[:, None]) % 2 == 0
+    masks[3] = torch.eye(32) > 0
+    masks[4] = torch.ones(32, 32, dtype=torch.bool)
+    masks[4][8:12] = False
+    layers: list[torch.nn.Module] = []
+    for mask in masks:
+        linear = torch.nn.Linear(32, 32)
+        linear.weight.copy_(torch.where(mask, torch.randn(32, 32), torch.zeros(())))
+        layers += [linear, torch.nn.Tanh()]
+    return torch.nn.Sequential(*layers)
 
 
 class _Cnn(torch.nn.Module):
@@ -414,12 +441,39 @@ def _summary(stage: str, first: int, last: int, seconds: float, counts: Any, fin
     }
 
 
+def _record(summary: dict[str, Any]) -> None:
+    from bench import results_io
+
+    first, last = summary["cases"]
+    row = {
+        "stage": summary["stage"],
+        "first case": first,
+        "last case": last - 1,
+        "minutes": summary["minutes"],
+        "files": summary["files"],
+        "loaded": summary["accepted"],
+        "refused": summary["refused"],
+        "kinds of refusal": len(summary["kinds_of_refusal"]),
+        "findings": summary["findings"],
+    }
+    results_io.write(
+        "fuzz_spx",
+        rows=[row],
+        claim="Damaged .spx files load, or give one FileFormatError that names the file.",
+        seeds=[first],
+        notes="A case follows from its number. A finding is any other exception, a crash, more than "
+        f"{SECONDS_PER_CASE} seconds, or more than {EXTRA_MEMORY / 2**30:.1f} GiB beyond the idle process. "
+        "Stage run: what loads is called as well.",
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--stage", choices=("read", "load", "run"), default="read")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--out", type=Path, help="folder for the summary")
+    parser.add_argument("--record", action="store_true", help="write the outcome to bench/results/fuzz_spx.json")
     parser.add_argument("--case", type=int, help="repeat this one case and show what happens")
     parser.add_argument("--work", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--state", type=Path, help=argparse.SUPPRESS)
@@ -436,6 +490,8 @@ def main() -> None:
         shown = {key: value for key, value in summary.items() if key != "kinds_of_refusal"}
         print(json.dumps(shown, indent=1))
         print(f"{len(summary['kinds_of_refusal'])} kinds of refusal")
+        if arguments.record:
+            _record(summary)
         if summary["findings"]:
             raise SystemExit(1)
 
