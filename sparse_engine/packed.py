@@ -259,7 +259,7 @@ class PackedWeight:
         index = torch.from_numpy(flat).to(self.device)
         dense = self.values.new_zeros(self.rows * self.columns)
         values = self.values if source is None else self.values[torch.from_numpy(source).to(self.device)]
-        return dense.index_put((index,), values).reshape(self.shape)
+        return dense.index_copy(0, index, values).reshape(self.shape)
 
     def csr(self) -> CSR:
         """Return the matrix view in compressed rows.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import gc
 import importlib
 import math
 from collections import Counter
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparse_engine.convert.capture import Captured, capture
-from sparse_engine.convert.constants import PackedConstants
+from sparse_engine.convert.constants import PackedConstants, pack
 from sparse_engine.convert.executable import Executable, check_threads
 from sparse_engine.convert.flops import moves_only, node_flops
 from sparse_engine.convert.graph import Graph, Node, shape_at
@@ -21,6 +24,7 @@ from sparse_engine.convert.inputs import Weights, prepare, prepare_examples
 from sparse_engine.convert.passes import optimise
 from sparse_engine.convert.report import LayerReport, Report
 from sparse_engine.errors import ConvertError, VerificationError
+from sparse_engine.packed import PackedWeight
 
 Progress = Callable[[str], None]
 
@@ -92,23 +96,29 @@ def convert(
     captured = capture(plain, examples)
     step("rewriting the graph")
     counts: Counter[str] = Counter()
+    zeros = _count_zeros(captured.graph)
     graph = optimise(captured.graph, counts)
+    captured.graph = graph  # what the passes replaced is let go
     _own_constants(graph, plain)
+    release_memory()
     step("choosing kernels")
     choices = _choose(graph, examples, tune, threads)
+    release_memory()
     executable = Executable(
         graph, choices=choices, threads=threads, spec=captured.spec, model=model if weights is None else None
     )
+    bytes_after = executable.packed_bytes
+    if not executable.native:  # the reference reads weights as they are
+        graph.constants = dict(graph.constants)
     error = None
     if verify:
         step("verifying the outputs")
         error = _verify(plain, executable, examples, bound)
     bytes_before = _bytes([*plain.parameters(), *plain.buffers()])
     del plain
+    release_memory()
     step("writing the report")
-    packed = PackedConstants(graph.constants)
-    executable._report = _report(captured, executable, examples, counts, bytes_before, packed.nbytes, error, bound)
-    executable.pack(packed)
+    executable._report = _report(captured, executable, examples, counts, bytes_before, bytes_after, zeros, error, bound)
     return executable
 
 
@@ -134,11 +144,37 @@ def _check_arguments(device: str | torch.device, dtype: torch.dtype, threads: in
 
 
 def _own_constants(graph: Graph, model: nn.Module) -> None:
-    """Copy constants that still are the user's tensors: training may go on, the executable stays as it is."""
+    """Pack the constants, and copy those that still are the user's tensors: training may go on, the executable stays
+    as it is.
+
+    Packed one by one, and each dense one let go, they never take the memory of two dense models.
+    """
     theirs = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    for name, tensor in graph.constants.items():
-        if tensor.untyped_storage().data_ptr() in theirs:
-            graph.constants[name] = tensor.clone()
+    packed = PackedConstants({})
+    for name in list(graph.constants):
+        item = pack(graph.constants.pop(name))
+        mine = isinstance(item, PackedWeight) or item.untyped_storage().data_ptr() not in theirs
+        packed.stored[name] = item if mine else item.clone()
+    graph.constants = packed
+
+
+def release_memory() -> None:
+    """Give memory that is free back to the system, where the C library would keep it for later.
+
+    Capturing and folding leave hundreds of megabytes of small pieces behind, between which nothing large fits.
+    """
+    gc.collect()
+    trim = getattr(_libc(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _libc() -> Any:
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):  # no C library under this name: nothing to give back
+        return None
 
 
 def _choose(graph: Graph, examples: tuple[Tensor, ...], tune: bool, threads: int | None) -> dict[str, Any] | None:
@@ -241,6 +277,7 @@ def _report(
     counts: Mapping[str, int],
     bytes_before: int,
     bytes_after: int,
+    zeros_and_weights: tuple[int, int],
     error: float | None,
     bound: float,
 ) -> Report:
@@ -256,7 +293,7 @@ def _report(
         native += flops if executable.native and node.op != "fallback" else 0
         if not moves_only(node):
             layers.append(_layer(graph, node, planned, flops, chosen.get(node.name, {}), captured.reasons, executable))
-    zeros, weights = _count_zeros(captured.graph)
+    zeros, weights = zeros_and_weights
     sparsity = zeros / weights if weights else 0.0
     notes: list[str] = []
     if not executable.native:

@@ -77,15 +77,15 @@ def choose(
         key = _signature(problem, name in residuals)
         if key not in known:
             known[key] = _tuned(problem, name in residuals, cores) if tune else _guessed(problem, cores)
+        problem.forget()
         found[name] = dict(known[key], pixels=problem.pixels)
     return found
 
 
 def _signature(problem: LinearProblem, residual: bool) -> Any:
     """Layers that look alike are timed once: same shape, and about as many entries in every panel width."""
-    entries = tuple(
-        round(50 * panel_entries(problem.weight, panel) / max(1, problem.weight.size)) for panel in PANEL_VECTORS
-    )
+    size = max(1, problem.rows * problem.columns)
+    entries = tuple(round(50 * problem.panel_entries(panel) / size) for panel in PANEL_VECTORS)
     return tuple(sorted((k, v) for k, v in problem.geometry.items())), problem.rows, problem.groups, entries, residual
 
 
@@ -95,8 +95,8 @@ def candidates(problem: LinearProblem, threads: int) -> list[LinearChoice]:
     if first.kernel in ("depthwise", "vector"):
         return [first]
     found = [first]
-    dense_cost = float(problem.weight.size)
-    costs = {panel: panel_entries(problem.weight, panel) * weight for panel, weight in _costs().items()}
+    dense_cost = float(problem.rows * problem.columns)
+    costs = {panel: problem.panel_entries(panel) * weight for panel, weight in _costs().items()}
     best = min(costs.values())
 
     def add(kernel: str, panel: int, part: int, vectors: int) -> None:

@@ -220,17 +220,6 @@ class Executable:
         stored = constants.stored if isinstance(constants, PackedConstants) else constants
         return write_spx(path, self.graph.to_json(), stored, attributes=attributes)
 
-    def pack(self, constants: PackedConstants | None = None) -> None:
-        """Keep the weights packed; plans that are made later unpack them one by one.
-
-        The reference needs them as they are, so without native kernels nothing changes.
-
-        Args:
-            constants: the same constants, where somebody has packed them already.
-        """
-        if self.native:
-            self.graph.constants = constants if constants is not None else PackedConstants(self.graph.constants)
-
     @property
     def packed_bytes(self) -> int:
         """Bytes of the constants as this executable keeps them, beside what its plans hold."""

@@ -195,6 +195,7 @@ class LinearProblem:
 
     rows_of_weight: Callable[[], tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]] | None = None
     _weight: numpy.ndarray | None = None
+    _entries: dict[int, int] = field(default_factory=dict)
 
     def csr(self) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
         """row_ptr, columns and values of the weight, with columns counted over all groups."""
@@ -216,6 +217,12 @@ class LinearProblem:
         if self._weight is None:
             self._weight = self.source() if callable(self.source) else self.source
         return self._weight
+
+    def panel_entries(self, panel: int) -> int:
+        """`panel_entries` of the weight, counted once."""
+        if panel not in self._entries:
+            self._entries[panel] = panel_entries(self.weight, panel)
+        return self._entries[panel]
 
     def forget(self) -> None:
         """Let go of a weight that was unpacked; it is unpacked again when somebody asks for it."""
@@ -287,11 +294,9 @@ def default_choice(problem: LinearProblem, threads: int = 0) -> LinearChoice:
         return LinearChoice("depthwise")
     if problem.vector:
         return LinearChoice("vector")
-    best = min(_PANEL_COST, key=lambda panel: panel_entries(problem.weight, panel) * _PANEL_COST[panel])
-    columns = problem.columns
-    dense = (
-        problem.groups == 1 and panel_entries(problem.weight, best) * _PANEL_COST[best] >= 0.97 * problem.rows * columns
-    )
+    costs = {panel: problem.panel_entries(panel) * cost for panel, cost in _PANEL_COST.items()}
+    best = min(costs, key=costs.__getitem__)
+    dense = problem.groups == 1 and costs[best] >= 0.97 * problem.rows * problem.columns
     if dense and problem.out_width >= _WINOGRAD_WIDTH and problem.winograd:
         return LinearChoice("winograd")
     panel = DENSE_PANEL if dense else best
@@ -776,10 +781,7 @@ class _Lowering:
         if choice.kernel == "vector" and x.strides[1] != 1 and problem.channels > 1:
             x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
         key = (node.params["weight"], node.name, choice.kernel, choice.panel, choice.part, choice.row_block)
-        if key not in self.weights:
-            self.weights[key] = make_weight(problem, choice)
         problem.forget()
-        weight = self.weights[key]
         bias = _array(self.graph.constants[node.params["bias"]]) if "bias" in node.params else None
         residual = (
             self.planes(self.places[node.inputs[1]], channel, f"{node.name}.residual")
@@ -795,8 +797,12 @@ class _Lowering:
         )
 
         def emit(plan: Any) -> None:
+            if key not in self.weights:  # only for a plan that is made: others ask for the problems alone
+                self.weights[key] = make_weight(problem, choice)
+                problem.forget()
             add_linear(
-                plan, problem, choice, weight, bias, x.view(), workspace.at() if workspace else (0, 0), out.at(),
+                plan, problem, choice, self.weights[key], bias, x.view(),
+                workspace.at() if workspace else (0, 0), out.at(),
                 out.strides[channel],
                 residual.at() if residual is not None else None, residual_stride, activation,
             )  # fmt: skip
