@@ -68,16 +68,34 @@ FloatVector optional_floats(const std::optional<Array<float>>& a) {
 
 // A weight in one kernel's layout, shared by the plans of every batch size.
 struct Weight {
+    // The vector layout by blocks of columns: each block's rows, one after the other, with columns counted from the block's first.
+    void cut_into_blocks() {
+        const int64_t width = VectorNode::kBlockColumns, blocks = (cols + width - 1) / width;
+        auto cut_ptr = std::make_shared<std::vector<int64_t>>(static_cast<size_t>(blocks * rows + 1), 0);
+        auto cut_col = std::make_shared<std::vector<uint16_t>>(col->size());
+        auto cut_values = std::make_shared<std::vector<float>>(col->size());
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = (*row_ptr)[r]; i < (*row_ptr)[r + 1]; i++) (*cut_ptr)[(*col)[i] / width * rows + r + 1]++;
+        for (size_t i = 1; i < cut_ptr->size(); i++) (*cut_ptr)[i] += (*cut_ptr)[i - 1];
+        std::vector<int64_t> next(cut_ptr->begin(), cut_ptr->end() - 1);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = (*row_ptr)[r]; i < (*row_ptr)[r + 1]; i++) {
+                int64_t to = next[(*col)[i] / width * rows + r]++;
+                (*cut_col)[to] = static_cast<uint16_t>((*col)[i] % width), (*cut_values)[to] = (*values)[i];
+            }
+        row_ptr = std::move(cut_ptr), col16 = std::move(cut_col), values = std::move(cut_values), col = nullptr;
+    }
     std::shared_ptr<const PanelMatrix> panels;
     std::shared_ptr<const WinogradWeight> winograd;
     std::shared_ptr<std::vector<int64_t>> row_ptr;  // vector layout
     std::shared_ptr<std::vector<int32_t>> col;
+    std::shared_ptr<std::vector<uint16_t>> col16;  // instead of col, once cut into blocks
     FloatVector values;
     int64_t rows = 0, cols = 0;
     int64_t nbytes() const {
         if (panels) return panels->nbytes();
         if (winograd) return winograd->nbytes();
-        return static_cast<int64_t>((row_ptr ? row_ptr->size() * 8 + col->size() * 4 : 0) + values->size() * 4);
+        return static_cast<int64_t>((row_ptr ? row_ptr->size() * 8 + (col ? col->size() * 4 : col16->size() * 2) : 0) + values->size() * 4);
     }
 };
 
@@ -377,6 +395,7 @@ PYBIND11_MODULE(_C, m) {
                     for (int64_t r = 0; r < rows; r++)
                         if ((*w->row_ptr)[r + 1] < (*w->row_ptr)[r]) throw std::invalid_argument("row_ptr decreases");
                     check_csr({rows, cols, w->row_ptr->data(), w->col->data()});
+                    w->cut_into_blocks();
                 } else if (values.size() != rows * cols) {
                     throw std::invalid_argument("a dense weight of " + std::to_string(rows) + "x" + std::to_string(cols) +
                                                 " has as many values");
@@ -499,7 +518,7 @@ PYBIND11_MODULE(_C, m) {
                  if (residual) b.check_planes(*residual, 1, 0, weight.rows);
                  if (bias && bias->size() != weight.rows) throw std::invalid_argument(name + ": the bias does not fit the rows");
                  auto node = std::make_unique<VectorNode>();
-                 node->rows = weight.rows, node->cols = weight.cols, node->values = weight.values, node->row_ptr = weight.row_ptr, node->col = weight.col;
+                 node->rows = weight.rows, node->cols = weight.cols, node->values = weight.values, node->row_ptr = weight.row_ptr, node->col16 = weight.col16;
                  node->bias = optional_floats(bias), node->x = ref(x), node->out = ref(out), node->epilogue = epilogue(activation);
                  if (residual) node->has_residual = true, node->residual = ref(*residual);
                  b.add(name, std::move(node));

@@ -190,6 +190,9 @@ struct KernelTable {
     // out[r] = act(bias[r] + sum w · x[col] + residual[r]) for rows [row0, row1), CSR with 32-bit columns.
     void (*spmv)(const int64_t* row_ptr, const int32_t* col, const float* w, int64_t row0, int64_t row1, const float* x, float* out,
                  const float* bias, const float* residual, float low, float high);
+    // The same with columns of 16 bits: a quarter less to read.
+    void (*spmv16)(const int64_t* row_ptr, const uint16_t* col, const float* w, int64_t row0, int64_t row1, const float* x, float* out,
+                   const float* bias, const float* residual, float low, float high);
     void (*gemv)(const float* w, int64_t cols, int64_t row0, int64_t row1, const float* x, float* out, const float* bias,
                  const float* residual, float low, float high);
     void (*lookup[kPrecisions])(const LookupArgs&);

@@ -288,15 +288,17 @@ SE_INLINE float finish(float s, int64_t row, const float* bias, const float* res
 
 #if defined(__AVX2__)
 // Four elements of x by ordinary loads: on AMD (Zen 4) a gather instruction takes 1.4 cycles per element, this one.
-SE_INLINE __m128 four_of(const float* x, const int32_t* col) {
+template <class C>
+SE_INLINE __m128 four_of(const float* x, const C* col) {
     __m128 v = _mm_load_ss(x + col[0]);
     v = _mm_insert_ps(v, _mm_load_ss(x + col[1]), 0x10);
     v = _mm_insert_ps(v, _mm_load_ss(x + col[2]), 0x20);
     return _mm_insert_ps(v, _mm_load_ss(x + col[3]), 0x30);
 }
 
-void spmv(const int64_t* row_ptr, const int32_t* col, const float* w, int64_t row0, int64_t row1, const float* x, float* out,
-          const float* bias, const float* residual, float low, float high) {
+template <class C>
+void spmv(const int64_t* row_ptr, const C* col, const float* w, int64_t row0, int64_t row1, const float* x, float* out, const float* bias,
+          const float* residual, float low, float high) {
     for (int64_t row = row0; row < row1; row++) {
         int64_t i = row_ptr[row];
         const int64_t end = row_ptr[row + 1];
@@ -316,8 +318,9 @@ void spmv(const int64_t* row_ptr, const int32_t* col, const float* w, int64_t ro
     }
 }
 #else
-void spmv(const int64_t* row_ptr, const int32_t* col, const float* w, int64_t row0, int64_t row1, const float* x, float* out,
-          const float* bias, const float* residual, float low, float high) {
+template <class C>
+void spmv(const int64_t* row_ptr, const C* col, const float* w, int64_t row0, int64_t row1, const float* x, float* out, const float* bias,
+          const float* residual, float low, float high) {
     for (int64_t row = row0; row < row1; row++) {
         int64_t i = row_ptr[row], end = row_ptr[row + 1];
         float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
@@ -330,19 +333,23 @@ void spmv(const int64_t* row_ptr, const int32_t* col, const float* w, int64_t ro
 #endif
 
 #if defined(__AVX512F__)
+SE_INLINE __m512i sixteen_of(const int32_t* col, __mmask16 bits) { return _mm512_maskz_loadu_epi32(bits, col); }
+SE_INLINE __m512i sixteen_of(const uint16_t* col, __mmask16 bits) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(bits, col)); }
+
 // Each row gathers its columns of x (which stays in L1); two accumulators hide the gather's latency. For processors that gather fast.
-void spmv_gathering(const int64_t* row_ptr, const int32_t* col, const float* w, int64_t row0, int64_t row1, const float* x, float* out,
+template <class C>
+void spmv_gathering(const int64_t* row_ptr, const C* col, const float* w, int64_t row0, int64_t row1, const float* x, float* out,
                     const float* bias, const float* residual, float low, float high) {
     for (int64_t row = row0; row < row1; row++) {
         int64_t i = row_ptr[row], end = row_ptr[row + 1];
         Vec a = zero(), b = zero();
         for (; i + 32 <= end; i += 32) {
-            a = fma(load(w + i), _mm512_i32gather_ps(_mm512_loadu_si512(col + i), x, 4), a);
-            b = fma(load(w + i + 16), _mm512_i32gather_ps(_mm512_loadu_si512(col + i + 16), x, 4), b);
+            a = fma(load(w + i), _mm512_i32gather_ps(sixteen_of(col + i, 0xffff), x, 4), a);
+            b = fma(load(w + i + 16), _mm512_i32gather_ps(sixteen_of(col + i + 16, 0xffff), x, 4), b);
         }
         for (; i < end; i += 16) {
             uint32_t bits = low_bits(std::min<int64_t>(16, end - i));
-            __m512i where = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(bits), col + i);
+            __m512i where = sixteen_of(col + i, static_cast<__mmask16>(bits));
             a = fma(load_bits(w + i, bits), _mm512_mask_i32gather_ps(zero(), static_cast<__mmask16>(bits), where, x, 4), a);
         }
         out[row] = finish(sum(add(a, b)), row, bias, residual, low, high);
@@ -386,10 +393,10 @@ void gemv(const float* w, int64_t cols, int64_t row0, int64_t row1, const float*
 }  // namespace
 
 void fill_vector(KernelTable& t) {
-    t.spmv = spmv;
+    t.spmv = spmv<int32_t>, t.spmv16 = spmv<uint16_t>;
     t.gemv = gemv;
 #if defined(__AVX512F__)
-    if (!cpu_info().slow_gather) t.spmv = spmv_gathering;
+    if (!cpu_info().slow_gather) t.spmv = spmv_gathering<int32_t>, t.spmv16 = spmv_gathering<uint16_t>;
 #endif
     t.lookup[static_cast<int>(Precision::float32)] = lookup<Precision::float32>;
     t.lookup[static_cast<int>(Precision::bfloat16)] = lookup<Precision::bfloat16>;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -376,7 +377,14 @@ void VectorNode::run(Context& context) const {
     int threads = work < 16384 ? 1 : context.threads;
     parallel_for(blocks, threads, [&](int64_t item, int) {
         int64_t row0 = rows * item / blocks, row1 = rows * (item + 1) / blocks;
-        if (row_ptr) {
+        if (col16) {
+            const float none = std::numeric_limits<float>::infinity();
+            for (int64_t block = 0; block * kBlockColumns < cols; block++) {
+                const bool first = block == 0, last = (block + 1) * kBlockColumns >= cols;
+                k.spmv16(row_ptr->data() + block * rows, col16->data(), values->data(), row0, row1, in + block * kBlockColumns, to,
+                         first ? start : nullptr, first ? add : to, last ? epilogue.low() : -none, last ? epilogue.high() : none);
+            }
+        } else if (row_ptr) {
             k.spmv(row_ptr->data(), col->data(), values->data(), row0, row1, in, to, start, add, epilogue.low(), epilogue.high());
         } else {
             k.gemv(values->data(), cols, row0, row1, in, to, start, add, epilogue.low(), epilogue.high());

@@ -103,13 +103,16 @@ class DepthwiseNode : public Node {
     void run(Context& context) const override;
 };
 
-// One row of X only (batch 1): y = W x, from CSR or dense rows.
+// One row of X only (batch 1): y = W x, from dense rows, CSR rows, or CSR rows in blocks of columns.
 class VectorNode : public Node {
   public:
+    static constexpr int64_t kBlockColumns =
+        4096;  // so many floats of x stay in the L1: of a long x each entry would bring a line from the L2
     int64_t rows = 0, cols = 0;
     std::shared_ptr<const std::vector<float>> values;
-    std::shared_ptr<const std::vector<int64_t>> row_ptr;  // null = dense
+    std::shared_ptr<const std::vector<int64_t>> row_ptr;  // with col16 [block][row], and the end; null = dense
     std::shared_ptr<const std::vector<int32_t>> col;
+    std::shared_ptr<const std::vector<uint16_t>> col16;  // instead of col: in blocks, counted from a block's first column
     std::shared_ptr<const std::vector<float>> bias;
     Ref x, out;
     bool has_residual = false;

@@ -421,3 +421,18 @@ def test_a_classifier_takes_the_batch_at_once(batch: int, monkeypatch: pytest.Mo
         assert close(found, expected.detach())
     names = [name for name, _ in plan.profile([x])]
     assert {"conv", "last"} <= set(names)
+
+
+@pytest.mark.parametrize("columns", [1, 4095, 4096, 4097, 9000])
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.3, 1.0])
+def test_one_long_vector(columns: int, density: float) -> None:
+    """Sparse rows are cut into blocks of columns; the clamp comes after the last one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(columns, 37), nn.Hardtanh(-0.1, 0.1), nn.Linear(37, 3, bias=False))
+    with torch.no_grad():
+        model[0].weight.mul_(torch.rand(37, columns) < density)
+    x = torch.randn(1, columns)
+    executable = se.convert(model, (x,))
+    with torch.no_grad():
+        expected = model.double()(x.double())
+    assert se.convert.relative_error(executable(x), expected.float()) <= 1e-5
