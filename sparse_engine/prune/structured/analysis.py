@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from .axes import Axes, EqualCounts, Grid, Mapping
-from .capture import Program, arguments, operator_name, scope, shapes_of
+from .capture import REDUCTIONS, Program, arguments, operator_name, scope, shapes_of
 from .constants import CONVOLUTIONS
 
 _SAME = frozenset(
@@ -51,30 +51,7 @@ _SAME = frozenset(
         "logcumsumexp",
     ]
 )
-_REDUCTIONS = frozenset(
-    [
-        "mean",
-        "sum",
-        "amax",
-        "amin",
-        "max",
-        "min",
-        "prod",
-        "var",
-        "std",
-        "logsumexp",
-        "norm",
-        "linalg_vector_norm",
-        "any",
-        "all",
-        "argmax",
-        "argmin",
-        "var_mean",
-        "std_mean",
-        "aminmax",
-        "median",
-    ]
-)
+_REDUCTIONS = REDUCTIONS | {"var_mean", "std_mean", "aminmax", "median"}
 _RESHAPES = frozenset(["view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as"])
 _POOLS = (
     "max_pool",

@@ -56,6 +56,27 @@ VIEWS = frozenset(
         "lift_fresh_copy",
     ]
 )
+# operators that put one number, of whichever kind, in the place of many
+REDUCTIONS = frozenset(
+    [
+        "mean",
+        "sum",
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "prod",
+        "var",
+        "std",
+        "logsumexp",
+        "norm",
+        "linalg_vector_norm",
+        "any",
+        "all",
+        "argmax",
+        "argmin",
+    ]
+)
 
 
 @dataclass

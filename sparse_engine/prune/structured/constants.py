@@ -17,74 +17,40 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from .capture import Program, arguments, operator_name, shape_of
+from .capture import REDUCTIONS, VIEWS, Program, arguments, operator_name, shape_of
 
 CONVOLUTIONS = frozenset(
     ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"]
 )
 
 # results are the argument's elements, moved, repeated or dropped: what holds for values holds for knowledge about them
-_MOVES = frozenset(
-    [
-        "view",
-        "reshape",
-        "_unsafe_view",
-        "flatten",
-        "unflatten",
-        "transpose",
-        "permute",
-        "t",
-        "T",
-        "movedim",
-        "swapaxes",
-        "squeeze",
-        "unsqueeze",
-        "expand",
-        "expand_as",
-        "slice",
-        "select",
-        "narrow",
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "unbind",
-        "tensor_split",
-        "detach",
-        "alias",
-        "contiguous",
-        "clone",
-        "view_as",
-        "roll",
-        "flip",
-        "repeat",
-        "repeat_interleave",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "channel_shuffle",
-        "cat",
-        "stack",
-        "concat",
-        "concatenate",
-        "tril",
-        "triu",
-        "index",
-        "index_select",
-        "upsample_nearest1d",
-        "upsample_nearest2d",
-        "diagonal",
-        "upsample_nearest3d",
-        "constant_pad_nd",
-        "pad",
-        "lift_fresh_copy",
-        "numpy_T",
-        "mT",
-        "adjoint",
-        "broadcast_tensors",
-        "meshgrid",
-        "hstack",
-        "vstack",
-    ]
-)
+_MOVES = (VIEWS - {"_to_copy", "as_strided", "getitem", "to", "unfold"}) | {
+    "clone",
+    "roll",
+    "flip",
+    "repeat",
+    "repeat_interleave",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "channel_shuffle",
+    "cat",
+    "stack",
+    "concat",
+    "concatenate",
+    "tril",
+    "triu",
+    "index",
+    "index_select",
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "constant_pad_nd",
+    "pad",
+    "broadcast_tensors",
+    "meshgrid",
+    "hstack",
+    "vstack",
+}
 # of the pointwise kind, but without the tag
 _POINTWISE = frozenset(
     [
@@ -118,26 +84,6 @@ _IDENTITIES = frozenset(
         "lift_fresh_copy",
         "float",
         "double",
-    ]
-)
-_REDUCTIONS = frozenset(
-    [
-        "mean",
-        "sum",
-        "amax",
-        "amin",
-        "max",
-        "min",
-        "prod",
-        "var",
-        "std",
-        "logsumexp",
-        "norm",
-        "linalg_vector_norm",
-        "any",
-        "all",
-        "argmax",
-        "argmin",
     ]
 )
 
@@ -238,7 +184,7 @@ def _known(node: fx.Node, facts: dict[fx.Node, Knowledge]) -> Knowledge:
         return _move(node, facts)
     if torch.Tag.pointwise in node.target.tags or name in _POINTWISE:
         return _pointwise(node, facts)
-    if name in _REDUCTIONS:
+    if name in REDUCTIONS:
         return _through_unknown_mask(node, facts)
     return None
 
