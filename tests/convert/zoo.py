@@ -1,4 +1,4 @@
-"""torchvision's model definitions with random weights, made such that every pass has something to do."""
+"""Model definitions, mostly torchvision's, with random weights, made such that every pass has something to do."""
 
 from __future__ import annotations
 
@@ -26,11 +26,38 @@ def named(name: str, size: int, **arguments: Any) -> Case:
     return Case(name, lambda models: getattr(models, name)(weights=None, **arguments), size)
 
 
+def mobilenet_v1(width: float = 1.0, classes: int = 1000) -> nn.Module:
+    """MobileNetV1 (arXiv 1704.04861, table 1), which torchvision does not have."""
+
+    def channels(count: int) -> int:
+        return int(count * width)
+
+    def convolution(inputs: int, outputs: int, kernel: int, stride: int, groups: int = 1) -> list[nn.Module]:
+        conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+        return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    layers, inputs = convolution(3, channels(32), 3, 2), channels(32)
+    plan = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
+    for count, stride in plan:
+        layers += convolution(inputs, inputs, 3, stride, groups=inputs) + convolution(inputs, channels(count), 1, 1)
+        inputs = channels(count)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes))
+
+
+def mlp(size: int) -> nn.Module:
+    """Linear layers with most activations between them."""
+    layers: list[nn.Module] = [nn.Flatten(), nn.Linear(3 * size * size, 48)]
+    for activation in (nn.ReLU(), nn.GELU(), nn.SiLU(), nn.Hardswish(), nn.Sigmoid()):
+        layers += [nn.BatchNorm1d(48), activation, nn.Dropout(), nn.Linear(48, 48)]
+    return nn.Sequential(*layers, nn.LayerNorm(48), nn.Linear(48, 10), nn.Softmax(1))
+
+
 ZOO = [
     named("resnet18", 64),
     named("resnet50", 64),
     named("vgg11_bn", 32),
     named("vgg16_bn", 32),
+    Case("mobilenet_v1", lambda models: mobilenet_v1(), 64),
     named("mobilenet_v2", 64),
     named("mobilenet_v3_small", 64),
     named("mobilenet_v3_large", 64),
@@ -72,6 +99,8 @@ SMALL = [
         lambda models: models.DenseNet(8, (2, 2), 16, num_classes=10),
         40,
     ),
+    Case("small_mobilenet_v1", lambda models: mobilenet_v1(0.25, 10), 40),
+    Case("mlp", lambda models: mlp(8), 8),
 ]
 
 

@@ -446,6 +446,7 @@ def _summary(stage: str, first: int, last: int, seconds: float, counts: Any, fin
 
 def _record(summary: dict[str, Any]) -> None:
     from bench import results_io
+    from bench.rows import merged
 
     first, last = summary["cases"]
     row = {
@@ -461,9 +462,8 @@ def _record(summary: dict[str, Any]) -> None:
     }
     results_io.write(
         "fuzz_spx",
-        rows=[row],
+        rows=merged("fuzz_spx", [row], ("stage", "first case")),
         claim="Damaged .spx files load, or give one FileFormatError that names the file.",
-        seeds=[first],
         notes="A case follows from its number. A finding is any other exception, a crash, more than "
         f"{SECONDS_PER_CASE} seconds of processor time, or {EXTRA_MEMORY / 2**30:.1f} GiB beyond the idle process. "
         "Stage run: what loads is called as well.",
