@@ -8,11 +8,14 @@ ops, or kept as a fallback node that calls PyTorch. The handlers are in ``aten.p
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import operator
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,9 +143,8 @@ def _capture_static(model: nn.Module, inputs: tuple[Tensor, ...], batch: int | N
         raise
     except Exception as error:
         raise CaptureError(
-            f"torch.export cannot capture this model: {_first_line(error)}. Make its forward traceable (no "
-            f"data-dependent "
-            "branches; tensors in, tensors out), or convert the part of it that is"
+            f"torch.export cannot capture this model: {_first_line(error)}{_place(error)}. Make its forward traceable "
+            "(no data-dependent branches; tensors in, tensors out), or convert the part of it that is"
         ) from error
     try:
         captured = _Interpreter(program, model).run(batch)
@@ -192,14 +194,17 @@ def _plain_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """An export that fails is an answer here, not something for PyTorch to log."""
+    """An export that fails is an answer here, not something for PyTorch to log, or to print half a program for."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before = logger.disabled
     logger.disabled = True
+    names = vars(importlib.import_module("torch.export._trace"))
+    names["print"] = lambda *args, **kwargs: None
     try:
         yield
     finally:
         logger.disabled = before
+        names.pop("print", None)
 
 
 # fmt: off
@@ -588,7 +593,16 @@ def _structure(tree: Any) -> Any:
 
 def _first_line(error: BaseException) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[0].strip()[:300] if lines else type(error).__name__
+    return lines[0].strip().rstrip(".")[:300] if lines else type(error).__name__
+
+
+def _place(error: BaseException) -> str:
+    """The line of the model in which tracing ended: the last that is neither PyTorch's nor of this file."""
+    torch_folder = str(Path(torch.__file__).parent)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((torch_folder, "<")) and frame.filename != __file__:
+            return f", at {frame.filename}:{frame.lineno} in {frame.name}"
+    return ""
 
 
 __all__ = ["Builder", "Call", "Captured", "NotDynamic", "NotNative", "Ref", "capture", "shape_from_json"]

@@ -331,9 +331,10 @@ def test_a_model_that_needs_its_batch_size_is_captured_for_it() -> None:
     assert captured.batch_reason
 
 
-def test_a_model_that_does_not_trace_is_refused() -> None:
-    with pytest.raises(CaptureError, match="traceable"):
+def test_a_model_that_does_not_trace_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CaptureError, match=r"test_capture\.py:\d+ in .*traceable"):
         capture(wrap(lambda x: x if x.sum() > 0 else -x), (torch.randn(2, 4),))
+    assert capfd.readouterr().err == ""  # PyTorch would print the program up to that line
 
 
 def test_a_model_that_changes_itself_is_refused() -> None:
