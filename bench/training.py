@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ import sparse_engine as se
 from bench import results_io
 from bench.networks import magnitude_mask
 from bench.rows import merged
-from sparse_engine.distill import kd_loss
+from sparse_engine.distill import dlb_loss, kd_loss, kd_loss_into_table
+from sparse_engine.report.measure import Ceilings, measure_ceilings
 from sparse_engine.train.models import build
 
 NETWORKS = {"vgg16_cifar": (3, 32, 32), "resnet18_cifar": (3, 32, 32), "mlp": (784,)}
@@ -95,35 +96,85 @@ def eager_kd(z: Tensor, y: Tensor, t: Tensor, temperature: float, alpha: float) 
     return (1 - alpha) * functional.cross_entropy(z, y) + alpha * temperature**2 * soft
 
 
-def measure_loss(rows: int, classes: int, seconds: float, gbytes: float) -> dict[str, Any]:
+def eager_cs_kd(z: Tensor, y: Tensor, t: Tensor, temperature: float) -> Tensor:
+    soft = functional.kl_div(
+        functional.log_softmax(z / temperature, 1), functional.softmax(t / temperature, 1), reduction="batchmean"
+    )
+    return functional.cross_entropy(z, y) + temperature**2 * soft
+
+
+def eager_ps_kd(z: Tensor, y: Tensor, table: Tensor, samples: Tensor, alpha: float) -> Tensor:
+    target = alpha * table[samples] + (1 - alpha) * functional.one_hot(y, z.shape[1])
+    table[samples] = functional.softmax(z.detach(), 1)
+    return -(target * functional.log_softmax(z, 1)).sum(1).mean()
+
+
+def eager_dlb(z: Tensor, y: Tensor, last: Tensor, temperature: float) -> Tensor:
+    soft = functional.kl_div(
+        functional.log_softmax(z[-len(last) :] / temperature, 1),
+        functional.softmax(last / temperature, 1),
+        reduction="batchmean",
+    )
+    return functional.cross_entropy(z, y) + temperature**2 * soft
+
+
+def measure_losses(rows: int, classes: int, seconds: float, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+    """Each loss with its gradient, in turns with eager PyTorch and with an addition that moves as many bytes."""
     generator = torch.Generator().manual_seed(0)
-    z = torch.randn(rows, classes, generator=generator).requires_grad_()
-    t = torch.randn(rows, classes, generator=generator)
+    z, t = (torch.randn(rows, classes, generator=generator) for _ in range(2))
     y = torch.randint(0, classes, (rows,), generator=generator)
+    table, samples = functional.softmax(t, 1), torch.randperm(rows, generator=generator)
+    own_table, last = table.clone(), t[rows // 2 :]
+    z.requires_grad_()
+    # Loss, eager loss, and how often an array of the logits' size is read and written.
+    losses: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor], float]] = {
+        "KD": (
+            lambda: kd_loss(z, y, teacher_logits=t, temperature=4.0, alpha=0.9),
+            lambda: eager_kd(z, y, t, 4.0, 0.9),
+            3,
+        ),
+        "CS-KD": (
+            lambda: kd_loss(z, y, teacher_logits=t, temperature=4.0),
+            lambda: eager_cs_kd(z, y, t, 4.0),
+            3,
+        ),
+        "PS-KD": (
+            lambda: kd_loss_into_table(z, y, own_table, samples, alpha=0.8),
+            lambda: eager_ps_kd(z, y, table, samples, 0.8),
+            4,
+        ),
+        "DLB": (lambda: dlb_loss(z, y, last, temperature=3.0), lambda: eager_dlb(z, y, last, 3.0), 2.5),
+    }
+    moved = torch.empty(rows, classes)
 
     def run(loss: Callable[[], Tensor]) -> Callable[[], None]:
         def step() -> None:
-            z.grad = None
-            loss().backward()
+            torch.autograd.grad(loss(), z)
 
         return step
 
-    calls = {
-        "eager": run(lambda: eager_kd(z, y, t, 4.0, 0.9)),
-        "ours": run(lambda: kd_loss(z, y, teacher_logits=t, temperature=4.0, alpha=0.9)),
-    }
-    ms = {name: s["median_ms"] for name, s in results_io.interleaved(calls, seconds=seconds).items()}
-    # Student and teacher are read once and the gradient is written once.
-    limit = 3 * 4 * rows * classes / gbytes / 1e6
-    return {
-        "rows": rows,
-        "classes": classes,
-        "ms": ms["ours"],
-        "eager_ms": ms["eager"],
-        "speed_up": ms["eager"] / ms["ours"],
-        "limit_of_bytes_ms": limit,
-        "over_the_limit": ms["ours"] / limit,
-    }
+    for name, (ours, eager, arrays) in losses.items():
+        calls = {
+            "eager": run(eager),
+            "ours": run(ours),
+            "addition": lambda: torch.add(z.detach(), t, out=moved),
+        }
+        ms = {call: s["median_ms"] for call, s in results_io.interleaved(calls, seconds=seconds).items()}
+        size = arrays * 4 * rows * classes
+        source, gbytes = ceilings.reading(size)
+        limit = size / gbytes / 1e6
+        yield {
+            "loss": name,
+            "rows": rows,
+            "classes": classes,
+            "ms": ms["ours"],
+            "eager_ms": ms["eager"],
+            "speed_up": ms["eager"] / ms["ours"],
+            "limit_of_bytes_ms": limit,
+            "read_from": source,
+            "over_the_limit": ms["ours"] / limit,
+            "moved_by_torch_ms": ms["addition"] * arrays / 3,
+        }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -152,17 +203,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     "Ours: `sparsify_` with example inputs, which leaves layers dense where that is faster.",
                 )
     if "losses" in options.part:
-        from sparse_engine.report.measure import measure_ceilings
-
-        gbytes = measure_ceilings().gbytes
-        rows = [measure_loss(*shape, 0.5 if options.quick else 3.0, gbytes) for shape in LOSS_SHAPES]
+        ceilings = measure_ceilings()
+        rows = []
+        for shape in LOSS_SHAPES:
+            for row in measure_losses(*shape, 0.5 if options.quick else 3.0, ceilings):
+                print(row, flush=True)
+                rows.append(row)
         results_io.write(
             "losses",
             rows=rows,
-            claim="Knowledge distillation loss (temperature 4, alpha 0.9), forward and backward, on the CPU.",
+            claim="Distillation losses on the CPU, forward and backward: KD (temperature 4, alpha 0.9), CS-KD, PS-KD "
+            "with its table, DLB.",
             command="python -m bench.training losses",
-            notes=f"{options.threads} threads, in turns with eager PyTorch. The limit: student and teacher logits read "
-            f"once, the gradient written once, at {gbytes:.0f} GB/s (reading 64 MiB, measured in the same run).",
+            notes=f"{options.threads} threads, in turns with eager PyTorch. The limit: logits of both sides read once, "
+            "the gradient (for PS-KD also the table) written once, at the rate of reading an array, measured in this "
+            f"run: 4 MiB from the cache, {ceilings.cache_gbytes:.0f} GB/s, or 64 MiB from memory, "
+            f"{ceilings.gbytes:.0f} GB/s. Beside it: what PyTorch takes to move as many bytes (`torch.add` of two "
+            "matrices into a third), in turns.",
         )
 
 

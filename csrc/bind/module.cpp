@@ -8,9 +8,11 @@
 #include <optional>
 
 #include "core/cpu_features.h"
+#include "core/recycled.h"
 #include "core/thread_pool.h"
 #include "runtime/layers.h"
 #include "runtime/linear_operator.h"
+#include "runtime/losses.h"
 #include "runtime/peak.h"
 #include "runtime/plan.h"
 #include "runtime/tensor_ops.h"
@@ -188,10 +190,23 @@ std::shared_ptr<VectorLayer> vector_layer(const std::optional<Array<int64_t>>& r
     return std::make_shared<VectorLayer>(std::make_shared<LookupMatrix>(csr, values.data(), precision, false), nullptr, floats);
 }
 
+KDBatch kd_batch(uintptr_t logits, int64_t pitch, int64_t rows, int64_t classes, uintptr_t targets, uintptr_t teacher,
+                 int64_t teacher_pitch, uintptr_t class_weights, double temperature, bool soft_targets, bool kl, bool hard,
+                 double label_smoothing, int64_t ignore_index, uintptr_t gradient, int64_t gradient_pitch) {
+    KDBatch b;
+    b.rows = rows, b.classes = classes, b.logits = address(logits), b.pitch = pitch;
+    b.teacher = address(teacher), b.teacher_pitch = teacher_pitch;
+    b.labels = reinterpret_cast<const int64_t*>(targets), b.class_weights = address(class_weights);
+    b.temperature = temperature, b.label_smoothing = label_smoothing, b.hard = hard, b.soft_targets = soft_targets, b.kl = kl;
+    b.ignore_index = ignore_index, b.gradient = address(gradient), b.gradient_pitch = gradient_pitch;
+    b.check();
+    return b;
+}
+
 }  // namespace
 
 // Raised together with INTERFACE in sparse_engine/ops/native.py when a name, an argument or a meaning below changes.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The C++ core of sparse_engine.";
@@ -226,35 +241,36 @@ PYBIND11_MODULE(_C, m) {
            uintptr_t class_weights, uintptr_t hard_scale, uintptr_t soft_scale, double temperature, bool soft_targets, bool kl, bool hard,
            double label_smoothing, int64_t ignore_index, uintptr_t hard_loss, uintptr_t soft_loss, uintptr_t gradient,
            int64_t gradient_pitch) {
-            if (rows < 0 || classes < 1 || !(temperature > 0))
-                throw std::invalid_argument("kd_rows: rows, classes or temperature out of range");
+            KDBatch b = kd_batch(logits, pitch, rows, classes, targets, teacher, teacher_pitch, class_weights, temperature, soft_targets,
+                                 kl, hard, label_smoothing, ignore_index, gradient, gradient_pitch);
             py::gil_scoped_release release;
-            const KernelTable& k = kernels();
-            const auto* labels = reinterpret_cast<const int64_t*>(targets);
-            int64_t group = std::max<int64_t>(1, 16384 / classes);
-            parallel_for((rows + group - 1) / group, num_threads(), [&](int64_t item, int) {
-                for (int64_t row = item * group; row < std::min(rows, (item + 1) * group); row++) {
-                    KDRowArgs a{};
-                    a.logits = address(logits) + row * pitch;
-                    a.teacher = teacher ? address(teacher) + row * teacher_pitch : nullptr;
-                    a.class_weights = address(class_weights);
-                    a.gradient = gradient ? address(gradient) + row * gradient_pitch : nullptr;
-                    a.classes = classes, a.label = labels ? labels[row] : 0;
-                    a.hard = hard && labels, a.soft_targets = soft_targets, a.kl = kl, a.temperature = temperature,
-                    a.label_smoothing = label_smoothing;
-                    a.hard_scale = hard_scale ? address(hard_scale)[row] : 1.0f,
-                    a.soft_scale = soft_scale ? address(soft_scale)[row] : 1.0f;
-                    if (labels && labels[row] == ignore_index) {
-                        if (a.gradient) std::fill(a.gradient, a.gradient + classes, 0.0f);
-                    } else {
-                        k.kd_row(a);
-                    }
-                    address(hard_loss)[row] = a.hard_loss, address(soft_loss)[row] = a.soft_loss;
-                }
-            });
+            kd_rows(b, address(hard_scale), address(soft_scale), address(hard_loss), address(soft_loss));
         },
         "Cross entropy and distillation loss of each row, with their gradient on request; the order of arguments is that of "
         "ops/kd_loss.py.");
+    m.def(
+        "kd_loss",
+        [](uintptr_t logits, int64_t pitch, int64_t rows, int64_t classes, uintptr_t targets, uintptr_t teacher, int64_t teacher_pitch,
+           int64_t teacher_from, uintptr_t table, int64_t table_rows, uintptr_t samples, uintptr_t class_weights, uintptr_t sample_weights,
+           double temperature, bool soft_targets, bool kl, double hard_weight, double soft_weight, double label_smoothing,
+           int64_t ignore_index, const std::string& reduction, uintptr_t loss, uintptr_t hard, uintptr_t soft, uintptr_t gradient,
+           int64_t gradient_pitch) {
+            KDBatch b = kd_batch(logits, pitch, rows, classes, targets, teacher, teacher_pitch, class_weights, temperature, soft_targets,
+                                 kl, hard_weight != 0, label_smoothing, ignore_index, gradient, gradient_pitch);
+            b.teacher_from = teacher_from, b.table = address(table), b.table_rows = table_rows;
+            b.samples = reinterpret_cast<const int64_t*>(samples);
+            KDReduction r;
+            r.hard_weight = hard_weight, r.soft_weight = soft_weight, r.sample_weights = address(sample_weights);
+            r.kind = named<LossReduction>(reduction, {"none", "mean", "sum"}, "reduction");
+            py::gil_scoped_release release;
+            return kd_loss(b, r, address(loss), address(hard), address(soft));
+        },
+        "The weighted sum of both losses and each of them, reduced over the rows, and the gradient of the sum. False where a sample of "
+        "the table occurs twice. See runtime/losses.h.");
+    py::class_<RecycledMemory>(m, "RecycledMemory", py::buffer_protocol(), "A writable buffer of bytes; see core/recycled.h.")
+        .def(py::init<size_t>(), py::arg("bytes"))
+        .def_buffer(
+            [](RecycledMemory& r) { return py::buffer_info(reinterpret_cast<uint8_t*>(r.data()), static_cast<py::ssize_t>(r.bytes())); });
     m.def("fma_peak", &fma_peak, py::arg("seconds") = 0.05, py::arg("threads") = 0, Release(),
           "Operations per second of fused multiply-adds on registers, all threads together.");
     m.def("padded_pixels", &padded_pixels, "Floats from one channel plane of so many pixels to the next.");

@@ -92,14 +92,19 @@ struct KDRowArgs {
     const float* logits;
     const float* teacher;        // logits, or probabilities where soft_targets; or null
     const float* class_weights;  // or null: all ones
+    double class_weight_sum;     // of class_weights
     float* gradient;             // or null
+    float* probabilities;        // or null: where softmax(logits) goes, at temperature 1 only; may be the teacher's row
+    float* scratch;              // kd_scratch_floats(classes), where there is a gradient or probabilities
     int64_t classes;
     int64_t label;
     bool hard, soft_targets, kl;
+    bool streamed;  // whether the gradient is written past the cache
     double temperature, label_smoothing;
     float hard_scale, soft_scale;
     float hard_loss, soft_loss;  // out
 };
+constexpr size_t kd_scratch_floats(int64_t classes) { return static_cast<size_t>(3 * (classes + 16) + 2 * (classes / 1024 + 1)); }
 
 // What becomes of the sums of a product with one vector: out[row] = clamp(scale[row] · sum + bias[row] + residual[row]).
 struct VectorArgs {

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from . import functional
 from .batch import Batch, as_batch, as_batches
-from .functional import LossParts, kd_loss
+from .functional import LossParts, dlb_loss, kd_loss, kd_loss_into_table
 from .modules import KDLoss
 from .objectives import (
     ClassWiseSelfDistillation,
@@ -40,6 +40,8 @@ __all__ = [
     "as_batch",
     "as_batches",
     "as_objective",
+    "dlb_loss",
     "functional",
     "kd_loss",
+    "kd_loss_into_table",
 ]

@@ -11,14 +11,15 @@ and the mean runs over the valid samples only. The teacher's side is a constant.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparse_engine.errors import ShapeError, SparseEngineError
-from sparse_engine.ops.kd_loss import kd_rows, reference
+from sparse_engine.ops import native
+from sparse_engine.ops.kd_loss import fused_kd_loss, kd_rows, reference
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -93,8 +94,118 @@ def kd_loss(
     )  # fmt: skip
     teacher = teacher_logits if teacher_logits is not None else soft_targets
     teacher = None if teacher is None or options.soft_weight == 0 else teacher.detach()
-    loss, hard, soft = _SoftmaxLoss.apply(logits, targets, teacher, class_weights, sample_weights, options)
+    loss, hard, soft = _SoftmaxLoss.apply(logits, targets, teacher, class_weights, sample_weights, options, None)
     return LossParts(loss, hard, soft) if return_parts else loss
+
+
+def kd_loss_into_table(
+    logits: Tensor,
+    targets: Tensor,
+    table: Tensor,
+    samples: Tensor,
+    *,
+    alpha: float,
+    ignore_index: int = -100,
+    sample_weights: Tensor | None = None,
+    reduction: str = "mean",
+    return_parts: bool = False,
+) -> Tensor | LossParts:
+    """Cross entropy against ``(1 − α) · onehot + α · table[samples]``, which then holds ``softmax(logits)``: the loss
+    of PS-KD with its table of past predictions (arXiv 2006.12000).
+
+    Example::
+
+        table = torch.nn.functional.one_hot(labels, 10).float()
+        loss = kd_loss_into_table(model(x), y, table, indices, alpha=0.8)
+        loss.backward()
+
+    A contiguous float32 table on the CPU is read and replaced in the same pass that computes loss and gradient; others
+    by operations of PyTorch's.
+
+    Args:
+        logits: [B, C] of the student.
+        targets: int64 [B] labels. Rows equal to ``ignore_index`` have no loss; what they predict is stored all the
+            same.
+        table: [N, C] floating point, changed in place.
+        samples: int64 [B], the rows of the table.
+        alpha: share of the past predictions, 0..1.
+        ignore_index, sample_weights, reduction, return_parts: as for ``kd_loss``.
+
+    Returns:
+        As ``kd_loss``. The past predictions are gone afterwards, so the gradient cannot be differentiated again
+        (``create_graph=True``): use ``kd_loss(…, soft_targets=table[samples], soft_form="ce")`` for that.
+
+    Raises:
+        ShapeError: when shapes do not fit.
+        SparseEngineError: for settings out of range, or samples that the table does not have.
+    """
+    options = _checked(
+        logits, targets, None, None, 1.0, alpha, 1.0, 1.0, "ce", 0.0, ignore_index, None, sample_weights, reduction,
+    )  # fmt: skip
+    if logits.dim() != 2 or not table.is_floating_point() or table.shape[1:] != logits.shape[1:]:
+        raise ShapeError(
+            f"logits {tuple(logits.shape)} and the table, {table.dtype} {tuple(table.shape)}: floats [B, C] and [N, C] "
+            "expected"
+        )
+    if samples.shape != targets.shape or samples.dtype != torch.int64:
+        raise ShapeError(f"samples are {samples.dtype} {tuple(samples.shape)}; int64 {tuple(targets.shape)} expected")
+    if samples.device.type == "cpu" and samples.numel():
+        first, last = int(samples.min()), int(samples.max())
+        if first < 0 or last >= len(table):
+            raise SparseEngineError(f"samples run from {first} to {last}, but the table has {len(table)} rows")
+    loss, hard, soft = _SoftmaxLoss.apply(
+        logits, targets, None, None, sample_weights, options, _Table(table.detach(), samples)
+    )
+    return LossParts(loss, hard, soft) if return_parts else loss
+
+
+def dlb_loss(
+    logits: Tensor,
+    targets: Tensor,
+    last_logits: Tensor,
+    *,
+    weight: float = 1.0,
+    temperature: float = 3.0,
+    sample_weights: Tensor | None = None,
+) -> Tensor:
+    """Cross entropy of all rows plus ``weight · T² · KL`` from ``last_logits`` to the last rows, in one pass: the loss
+    of DLB (arXiv 2203.16172).
+
+    Example::
+
+        both = model(torch.cat([x, last_x]))
+        loss = dlb_loss(both, torch.cat([y, last_y]), last_logits)
+
+    Args:
+        logits: [B + n, C]: this batch, then the n samples of the last one again.
+        targets: int64 [B + n] labels.
+        last_logits: [n, C], what the model said about the last n rows then. Never differentiated.
+        weight: α. temperature: T.
+        sample_weights: [B + n], a factor on each row's whole loss.
+
+    Returns:
+        A scalar: the mean over all rows of the hard part plus that over the last n of the soft part.
+
+    Raises:
+        ShapeError: when shapes do not fit.
+    """
+    options = _checked(
+        logits, targets, None, None, temperature, None, 1.0, weight, "kl", 0.0, -100, None, sample_weights, "mean",
+    )  # fmt: skip
+    first = len(logits) - len(last_logits)
+    if logits.dim() != 2 or last_logits.dim() != 2 or first < 0 or last_logits.shape[1] != logits.shape[1]:
+        raise ShapeError(
+            f"logits {tuple(logits.shape)} and last_logits {tuple(last_logits.shape)}: [B + n, C] and [n, C] expected"
+        )
+    options = replace(options, teacher_is_logits=True, teacher_from=first)
+    return _SoftmaxLoss.apply(logits, targets, last_logits.detach(), None, sample_weights, options, None)[0]
+
+
+class _Table(NamedTuple):
+    """Past predictions and the rows of them that a batch uses."""
+
+    values: Tensor  # [N, C]
+    samples: Tensor  # [B]
 
 
 @dataclass(frozen=True)
@@ -107,10 +218,12 @@ class _Options:
     label_smoothing: float
     ignore_index: int
     reduction: str
+    teacher_from: int = 0  # rows before it have no teacher
 
 
 class _SoftmaxLoss(torch.autograd.Function):
-    """Loss and gradient in one pass over the logits, by the op ``kd_rows``: the reduction's factors go into its scales.
+    """Loss and gradient in one pass over the logits: by one call into C++ where that can run it, else by the op
+    ``kd_rows`` with the reduction's factors in its scales.
 
     When a second derivative is wanted (meta-gradients) the backward pass evaluates the op's formula on the saved logits
     with autograd on.
@@ -125,6 +238,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         class_weights: Tensor | None,
         sample_weights: Tensor | None,
         options: _Options,
+        table: _Table | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         classes = logits.shape[-1]
         exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -132,46 +246,107 @@ class _SoftmaxLoss(torch.autograd.Function):
         labels = None if targets is None else targets.reshape(-1).long()
         theirs = None if teacher is None else teacher.reshape(-1, classes).to(rows.dtype)
         weights = None if class_weights is None else class_weights.detach().to(exact)
-        hard_scale, soft_scale = _scales(rows, labels, weights, sample_weights, options, exact)
-        ctx.settings = (
-            options.temperature, not options.teacher_is_logits, options.soft_form == "kl", options.hard_weight != 0,
-            options.label_smoothing, options.ignore_index,
-        )  # fmt: skip
-        names = ("temperature", "soft_targets", "kl", "hard", "label_smoothing", "ignore_index")
+        factors = None if sample_weights is None else sample_weights.detach().reshape(-1).to(exact)
         if labels is None and theirs is None:
             raise SparseEngineError("the loss has no part left: give targets, teacher_logits or soft_targets")
+        ctx.options, ctx.exact, ctx.overwritten = options, exact, False
+
+        def fuse(table: _Table | None) -> tuple[Tensor, ...] | None:
+            if torch.compiler.is_compiling():
+                return None
+            return fused_kd_loss(
+                rows, labels, theirs, table=table, teacher_from=options.teacher_from, class_weights=weights,
+                sample_weights=factors, temperature=options.temperature,
+                soft_targets=not options.teacher_is_logits, kl=options.soft_form == "kl",
+                hard_weight=options.hard_weight if labels is not None else 0.0,
+                soft_weight=options.soft_weight if theirs is not None or table is not None else 0.0,
+                label_smoothing=options.label_smoothing, ignore_index=options.ignore_index,
+                reduction=options.reduction, gradient=ctx.needs_input_grad[0],
+            )  # fmt: skip
+
+        fused = fuse(table)
+        if table is not None:
+            ctx.overwritten = fused is not None
+            if fused is None:
+                theirs = table.values[table.samples].to(rows.dtype)
+                table.values[table.samples] = torch.softmax(rows.to(exact), 1).to(table.values.dtype)
+                fused = fuse(None)
+        if fused is not None:
+            loss, hard, soft, ctx.gradient = fused
+            ctx.save_for_backward(logits, labels, theirs, weights, factors)
+            if options.reduction == "none" and logits.dim() != 2:
+                loss, hard, soft = (part.reshape(logits.shape[:-1]) for part in (loss, hard, soft))
+            ctx.mark_non_differentiable(hard, soft)
+            return loss, hard, soft
+        hard_scale, soft_scale = _scales(rows, labels, weights, factors, options, exact)
         hard, soft, gradient = kd_rows(
-            rows, labels, theirs, class_weights=weights, hard_scale=hard_scale * options.hard_weight,
+            rows, labels, _padded(theirs, options), class_weights=weights, hard_scale=hard_scale * options.hard_weight,
             soft_scale=soft_scale * options.soft_weight, gradient=ctx.needs_input_grad[0],
-            **dict(zip(names, ctx.settings, strict=True)),
+            **_settings(options),
         )  # fmt: skip
+        if options.teacher_from:
+            soft = torch.cat([torch.zeros_like(soft[: options.teacher_from]), soft[options.teacher_from :]])
         hard, soft = (
             (part * scale).view(logits.shape[:-1]) for part, scale in ((hard, hard_scale), (soft, soft_scale))
         )
         if options.reduction != "none":
             hard, soft = hard.sum(), soft.sum()
-        ctx.save_for_backward(
-            logits,
-            labels,
-            theirs,
-            weights,
-            hard_scale * options.hard_weight,
-            soft_scale * options.soft_weight,
-            gradient,
-        )
-        ctx.reduction = options.reduction
+        ctx.save_for_backward(logits, labels, theirs, weights, factors, gradient)
         ctx.mark_non_differentiable(hard, soft)
         return options.hard_weight * hard + options.soft_weight * soft, hard, soft
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        logits, labels, theirs, weights, hard_scale, soft_scale, gradient = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
-            rows = logits.reshape(-1, logits.shape[-1])
-            *_, gradient = reference(rows, labels, theirs, weights, hard_scale, soft_scale, *ctx.settings, True)
-        if ctx.reduction == "none":
+        options, none = ctx.options, (None,) * 6
+        logits, labels, theirs, weights, factors, *kept = ctx.saved_tensors
+        if options.reduction == "none":
             upstream = upstream.unsqueeze(-1)
-        return (upstream * gradient.view(logits.shape)).to(logits.dtype), None, None, None, None, None
+        if ctx.overwritten:
+            if torch.is_grad_enabled():
+                raise SparseEngineError(
+                    "the gradient of kd_loss_into_table cannot be differentiated again: the past predictions are "
+                    'overwritten; use kd_loss(…, soft_targets=table[samples], soft_form="ce")'
+                )
+            # It could not be computed again, so it is kept.
+            same = upstream.numel() == 1 and native.is_plain_input(upstream) and upstream.item() == 1
+            return (ctx.gradient if same else upstream * ctx.gradient, *none)
+        if not torch.is_grad_enabled() and not kept and ctx.gradient is not None:
+            # The fused gradient's memory is given away: the largest tensor of the step is neither copied nor scaled
+            # elsewhere. Whoever comes again (retain_graph=True) has it computed anew.
+            gradient, ctx.gradient = ctx.gradient.view(logits.shape), None
+            if not native.is_plain_input(upstream):
+                return (upstream * gradient, *none)
+            return (gradient if upstream.numel() == 1 and upstream.item() == 1 else gradient.mul_(upstream), *none)
+        gradient = kept[0] if kept else None
+        if torch.is_grad_enabled() or gradient is None:
+            rows = logits.reshape(-1, logits.shape[-1])
+            hard_scale, soft_scale = _scales(rows, labels, weights, factors, options, ctx.exact)
+            scales = (hard_scale * options.hard_weight, soft_scale * options.soft_weight)
+            inputs = (rows, labels, _padded(theirs, options), weights, *scales, *_settings(options).values(), True)
+            if torch.is_grad_enabled():  # create_graph=True
+                *_, gradient = reference(*inputs)
+            else:
+                *_, gradient = torch.ops.sparse_engine.kd_rows(*inputs, "auto")
+        return ((upstream * gradient.view(logits.shape)).to(logits.dtype), *none)
+
+
+def _padded(theirs: Tensor | None, options: _Options) -> Tensor | None:
+    """The teacher with rows of zeros before its first, for which the scale of the soft part is 0."""
+    if theirs is None or not options.teacher_from:
+        return theirs
+    return torch.cat([theirs.new_zeros(options.teacher_from, theirs.shape[1]), theirs])
+
+
+def _settings(options: _Options) -> dict[str, Any]:
+    """What the op ``kd_rows`` takes, in its order."""
+    return {
+        "temperature": options.temperature,
+        "soft_targets": not options.teacher_is_logits,
+        "kl": options.soft_form == "kl",
+        "hard": options.hard_weight != 0,
+        "label_smoothing": options.label_smoothing,
+        "ignore_index": options.ignore_index,
+    }
 
 
 def _scales(
@@ -185,17 +360,18 @@ def _scales(
     """The factor on each row's hard and soft loss: its sample weight over what the mean divides by."""
     factor = rows.new_ones(len(rows), dtype=exact)
     if sample_weights is not None:
-        factor = factor * sample_weights.detach().reshape(-1).to(exact)
+        factor = factor * sample_weights
+    taught = torch.arange(len(rows), device=rows.device) >= options.teacher_from if options.teacher_from else None
+    soft_factor = factor if taught is None else factor * taught
     if options.reduction != "mean":
-        return factor, factor
-    if labels is None:
-        return factor / max(1, len(rows)), factor / max(1, len(rows))
-    valid = labels != options.ignore_index
+        return factor, soft_factor
+    valid = rows.new_ones(len(rows), dtype=torch.bool) if labels is None else labels != options.ignore_index
     count = valid.sum().clamp(min=1).to(exact)
-    if class_weights is None:
-        return factor / count, factor / count
+    soft_scale = soft_factor / (count if taught is None else (valid & taught).sum().clamp(min=1).to(exact))
+    if class_weights is None or labels is None:
+        return factor / count, soft_scale
     of_labels = (class_weights[labels.where(valid, torch.zeros_like(labels))] * valid).sum()
-    return factor / of_labels.where(of_labels > 0, torch.ones_like(of_labels)), factor / count
+    return factor / of_labels.where(of_labels > 0, torch.ones_like(of_labels)), soft_scale
 
 
 def _checked(
@@ -251,8 +427,9 @@ def _checked(
     # them
     readable = targets is not None and targets.device.type == "cpu" and not torch.compiler.is_compiling()
     if targets is not None and readable and targets.numel() and hard_weight:
-        real = targets[targets != ignore_index]
-        if real.numel() and not (int(real.min()) >= 0 and int(real.max()) < logits.shape[-1]):
+        first, last = targets.aminmax()
+        real = targets if int(first) >= 0 and int(last) < logits.shape[-1] else targets[targets != ignore_index]
+        if real is not targets and real.numel() and not (int(real.min()) >= 0 and int(real.max()) < logits.shape[-1]):
             raise SparseEngineError(
                 f"labels run from {int(real.min())} to {int(real.max())}, but there are {logits.shape[-1]} classes "
                 f"(0 to {logits.shape[-1] - 1}); ignore_index is {ignore_index}"

@@ -1,7 +1,8 @@
 """Losses with their state: what a training loop or a pruning criterion calls with a forward function and a batch.
 
-Every objective computes its loss through :func:`sparse_engine.distill.functional.kd_loss`. Because it gets the forward
-function, a criterion can substitute weights (meta-gradients), and the same object serves in pruning and in training.
+Every objective computes its loss through :func:`sparse_engine.distill.functional.kd_loss` or its relatives there.
+Because it gets the forward function, a criterion can substitute weights (meta-gradients), and the same object serves in
+pruning and in training.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from sparse_engine.errors import SparseEngineError
 
 from .batch import Batch, Forward
-from .functional import kd_loss
+from .functional import dlb_loss, kd_loss, kd_loss_into_table
 
 
 class Objective:
@@ -183,15 +184,20 @@ class ProgressiveSelfDistillation(Objective):
         self.current = alpha
         self.table = torch.nn.functional.one_hot(labels.cpu().long(), classes).to(dtype)
         self.seen = torch.zeros(len(labels), dtype=torch.bool)
+        self.differentiable_again = False
 
     def __call__(self, forward: Forward, batch: Batch) -> Tensor:
         outputs = forward(batch.inputs)
         if self.alpha == 0:
             return kd_loss(outputs, batch.targets, sample_weights=batch.weights)
         where = self._positions(batch)
+        self.seen[where] = True
+        if outputs.device == self.table.device and not self.differentiable_again:
+            return kd_loss_into_table(
+                outputs, batch.targets, self.table, where, alpha=self.current, sample_weights=batch.weights
+            )
         previous = self.table[where].to(outputs.device, torch.float32)
         self.table[where] = outputs.detach().float().softmax(-1).to(self.table)
-        self.seen[where] = True
         return kd_loss(
             outputs,
             batch.targets,
@@ -200,6 +206,11 @@ class ProgressiveSelfDistillation(Objective):
             soft_form="ce",
             sample_weights=batch.weights,
         )
+
+    def for_scoring(self) -> ProgressiveSelfDistillation:
+        scoring = copy.deepcopy(self)
+        scoring.differentiable_again = True  # the past predictions are kept for second derivatives
+        return scoring
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         self.current = self.alpha * (epoch + 1) / max(1, epochs)
@@ -271,16 +282,15 @@ class LastBatchSelfDistillation(Objective):
         both = forward(torch.cat([batch.inputs, inputs]))
         now = both[: len(batch)]
         weights = None if batch.weights is None else torch.cat([batch.weights, batch.weights.new_ones(len(targets))])
-        hard = kd_loss(both, torch.cat([batch.targets, targets]), sample_weights=weights)
-        soft = kd_loss(
-            both[len(batch) :],
-            teacher_logits=logits,
-            temperature=self.temperature,
-            hard_weight=0.0,
-            soft_weight=self.weight,
-        )
         self.last = (view.detach(), batch.targets, now.detach())
-        return hard + soft
+        return dlb_loss(
+            both,
+            torch.cat([batch.targets, targets]),
+            logits,
+            weight=self.weight,
+            temperature=self.temperature,
+            sample_weights=weights,
+        )
 
     def for_scoring(self) -> LastBatchSelfDistillation:
         return type(self)(self.weight, self.temperature)

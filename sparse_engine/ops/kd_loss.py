@@ -20,7 +20,7 @@ import torch
 from sparse_engine.errors import ShapeError
 from sparse_engine.ops import native, registry
 
-__all__ = ["KDRows", "explain_kd_rows", "kd_rows"]
+__all__ = ["KDRows", "explain_kd_rows", "fused_kd_loss", "kd_rows"]
 
 _library = torch.library.Library("sparse_engine", "FRAGMENT")
 
@@ -289,7 +289,7 @@ def _cpu(
 ):  # fmt: skip
     rows, classes = logits.shape
     losses = torch.empty((2, rows))
-    result = torch.empty((rows if gradient else 0, classes))
+    result = native.empty(rows if gradient else 0, classes)
     if rows and classes:
         z, t = _adjacent(logits), None if teacher is None else _adjacent(teacher)
         vectors = [None if v is None else v.contiguous() for v in (targets, class_weights, hard_scale, soft_scale)]
@@ -302,6 +302,71 @@ def _cpu(
     else:
         losses.zero_()
     return losses[0].clone(), losses[1].clone(), result
+
+
+def fused_kd_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor | None,
+    teacher: torch.Tensor | None,
+    *,
+    class_weights: torch.Tensor | None,
+    sample_weights: torch.Tensor | None,
+    temperature: float,
+    soft_targets: bool,
+    kl: bool,
+    hard_weight: float,
+    soft_weight: float,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    gradient: bool,
+    table: tuple[torch.Tensor, torch.Tensor] | None = None,
+    teacher_from: int = 0,
+) -> tuple[torch.Tensor, ...] | None:
+    """Compute a reduced loss and its gradient in one call into C++, without an operation of PyTorch's around it.
+
+    Example:
+        >>> fused = fused_kd_loss(logits, labels, teacher, **settings)          # doctest: +SKIP
+        >>> loss, hard, soft, gradient = fused                                  # doctest: +SKIP
+
+    Args:
+        logits, targets, teacher, class_weights, temperature, soft_targets, kl, label_smoothing, ignore_index, gradient:
+            as for `kd_rows`.
+        sample_weights: [B] factors of each row's loss, or None.
+        hard_weight, soft_weight: factors of the parts; the hard part is left out where its factor is 0.
+        reduction: "none", "sum", or "mean" over the rows that are not ignored (with class weights, of the hard part:
+            over the weights of their labels).
+        table: [N, C] probabilities and int64 [B]: instead of a teacher, row b's probabilities are the table's row of
+            that number, which becomes softmax(logits). At temperature 1 only.
+        teacher_from: rows before it have no soft part: the teacher is [B − teacher_from, C].
+
+    Returns:
+        Loss (the weighted sum), hard and soft, each [] or [B], and the gradient [B, C] of the (summed) loss, or [0, C];
+        None, with the table as it was, where the kernel cannot take the call, which `kd_rows` then can.
+    """
+    values, samples = (None, None) if table is None else table
+    tensors = (logits, teacher, class_weights, sample_weights, values)
+    if (
+        native.why_not_extension("kd_loss")
+        or not all(tensor is None or native.is_plain_input(tensor) for tensor in tensors)
+        or not all(index is None or (type(index) is torch.Tensor and index.is_cpu) for index in (targets, samples))
+        or not (values is None or values.is_contiguous())
+        or 0 in logits.shape
+    ):
+        return None
+    rows, classes = logits.shape
+    z, t = _adjacent(logits), None if teacher is None else _adjacent(teacher)
+    vectors = [None if v is None else v.contiguous() for v in (samples, targets, class_weights, sample_weights)]
+    losses = [torch.empty(rows if reduction == "none" else (), dtype=torch.float32) for _ in range(3)]
+    result = native.empty(rows if gradient else 0, classes)
+    done = native.extension().kd_loss(
+        z.data_ptr(), z.stride(0), rows, classes, _pointer(vectors[1]), _pointer(t), 0 if t is None else t.stride(0),
+        teacher_from, _pointer(values), 0 if values is None else len(values), _pointer(vectors[0]),
+        *map(_pointer, vectors[2:]),
+        temperature, soft_targets, kl, hard_weight, soft_weight, label_smoothing, ignore_index, reduction,
+        *map(_pointer, losses), result.data_ptr() if gradient else 0, classes,
+    )  # fmt: skip
+    return (*losses, result) if done else None
 
 
 def _adjacent(rows: torch.Tensor) -> torch.Tensor:

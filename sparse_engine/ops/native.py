@@ -1,6 +1,7 @@
 """The C++ objects behind the `cpu` candidates: one per pattern (and geometry), holding the values it was last given."""
 
 import importlib.util
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from sparse_engine.ops.pattern import Pattern, cached
 
 __all__ = [
     "NativeProduct",
+    "empty",
     "extension",
     "is_plain",
     "is_plain_input",
@@ -32,9 +34,12 @@ __all__ = [
 # (`parameter.data.mul_(...)`).
 _PROBES = 64
 
+# Bytes from which memory is used again.
+_LARGE = 8 * 2**20
+
 # What this code expects of the C++ module. Raised here and in csrc/bind/module.cpp together when a name, an argument or
 # a meaning changes there: an old module beside newer Python is then refused instead of failing somewhere.
-INTERFACE = 3
+INTERFACE = 4
 
 
 def _checked(module: ModuleType) -> ModuleType:
@@ -63,6 +68,22 @@ else:
 def extension() -> ModuleType | None:
     """Return the C++ extension module, or None where it is not built."""
     return _extension
+
+
+def empty(*shape: int) -> torch.Tensor:
+    """Like `torch.empty` in float32 on the CPU, in memory that is used again where it is large.
+
+    PyTorch takes large tensors fresh from the system, which clears every page of them: longer than it takes to write
+    them. A block that the last tensor gave back is taken instead, and is on huge pages.
+
+    Example:
+        >>> empty(2, 3).shape
+        torch.Size([2, 3])
+    """
+    elements = math.prod(shape)
+    if 4 * elements < _LARGE or _extension is None:
+        return torch.empty(shape, dtype=float32)
+    return torch.frombuffer(_extension.RecycledMemory(4 * elements), dtype=float32).view(shape)
 
 
 def peak_gflops(threads: int = 0, seconds: float = 0.05) -> float | None:

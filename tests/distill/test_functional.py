@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_engine.distill import KDLoss, kd_loss
+from sparse_engine.distill import KDLoss, dlb_loss, kd_loss, kd_loss_into_table
 from sparse_engine.errors import ShapeError, SparseEngineError
+from tests.helpers import assert_close_to_fp64
 
 
 def make(n: int = 6, classes: int = 5, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
@@ -215,3 +216,205 @@ def test_bad_input_is_named_with_its_numbers(change, message):
     with pytest.raises(SparseEngineError, match=message):
         kd_loss(z, options.pop("targets"), **options)
     assert issubclass(ShapeError, SparseEngineError)
+
+
+FUSED = [
+    {"alpha": 0.9, "temperature": 4.0},
+    {"temperature": 4.0, "soft_weight": 3.0},
+    {"alpha": 0.5, "temperature": 2.7, "label_smoothing": 0.1},
+    {"temperature": 3.0, "hard_weight": 0.0, "soft_weight": 2.0},
+    {"temperature": 2.0, "soft_form": "ce", "alpha": 0.3},
+    {"soft_targets": True, "alpha": 0.7, "soft_form": "ce"},
+    {"soft_targets": True, "temperature": 2.0},
+    {"no teacher": True, "label_smoothing": 0.2},
+]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weights", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("settings", FUSED, ids=str)
+def test_the_fused_loss_agrees_with_float64(settings, weights, reduction):
+    """Forward and backward in one call for float32 on the CPU, against the op's formulas in float64."""
+    settings = dict(settings)
+    z, t, y = make(40, 70, torch.float32)
+    y[::7] = -100
+    if settings.pop("soft_targets", False):
+        settings["soft_targets"] = t.softmax(1)
+    elif not settings.pop("no teacher", False):
+        settings["teacher_logits"] = t
+    if weights:
+        settings |= {"class_weights": torch.rand(70) + 0.1, "sample_weights": torch.rand(40)}
+    wide = {key: value.double() if isinstance(value, torch.Tensor) else value for key, value in settings.items()}
+    exact = z.detach().double().requires_grad_()
+    ours = kd_loss(z, y, reduction=reduction, return_parts=True, **settings)
+    theirs = kd_loss(exact, y, reduction=reduction, return_parts=True, **wide)
+    upstream = torch.rand(40) if reduction == "none" else torch.tensor(0.7)
+    ours.loss.backward(upstream)
+    theirs.loss.backward(upstream.double())
+    for name, own, reference in zip(("loss", "hard", "soft"), ours, theirs, strict=True):
+        assert_close_to_fp64(own, reference.detach(), 2e-5, name=name)
+    assert_close_to_fp64(z.grad, exact.grad, name="gradient")
+
+
+def test_the_fused_gradient_may_be_asked_for_again():
+    """Its memory is given away the first time; what became of it there must not show in later ones."""
+    z, t, y = make(20, 30, torch.float32)
+    for upstream in (1.0, 2.5):
+        z.grad = None
+        loss = kd_loss(z, y, teacher_logits=t, temperature=4.0, alpha=0.9)
+        for times in range(1, 4):
+            loss.backward(torch.tensor(upstream), retain_graph=True)
+            exact = z.detach().double().requires_grad_()
+            kd_loss(exact, y, teacher_logits=t.double(), temperature=4.0, alpha=0.9).backward()
+            assert_close_to_fp64(z.grad, exact.grad * upstream * times)
+            z.grad.data.add_(0.0)
+    again = torch.autograd.grad(loss, z, retain_graph=True)[0]
+    again.zero_()
+    assert_close_to_fp64(torch.autograd.grad(loss, z)[0], exact.grad)
+
+
+def test_a_gradient_larger_than_the_cache_is_written_past_it():
+    z, t, y = make(300, 32001, torch.float32)
+    kd_loss(z, y, teacher_logits=t, temperature=4.0, alpha=0.9).backward()
+    exact = z.detach()[::50].double().requires_grad_()
+    kd_loss(exact, y[::50], teacher_logits=t[::50].double(), temperature=4.0, alpha=0.9, reduction="sum").backward()
+    assert_close_to_fp64(z.grad[::50] * 300, exact.grad)
+
+
+def past_predictions(
+    n: int, classes: int, samples: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits [n, C], labels, a table [samples, C] and the rows of it, in float32.
+
+    The logits rise along the classes, so that the largest so far changes from block to block; one row predicts what the
+    table says already (the gradient all but cancels), one is ignored.
+    """
+    generator = torch.Generator().manual_seed(n * classes)
+    samples = 2 * n if samples is None else samples
+    z = torch.randn(n, classes, generator=generator) + torch.linspace(0, 3, classes)
+    y = torch.randint(0, classes, (n,), generator=generator)
+    table = torch.randn(samples, classes, generator=generator).mul(2).softmax(1)
+    where = torch.randperm(samples, generator=generator)[:n]
+    table[where[0]] = (z[0] * 1.0001).softmax(0)
+    y[n // 2] = -100
+    return z, y, table, where
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.8, 1.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("classes", [1, 2, 17, 1000, 2100])
+def test_past_predictions_are_used_and_replaced(classes, reduction, alpha):
+    z, y, table, where = past_predictions(12, classes)
+    weights, past, upstream = (
+        torch.rand(12) + 0.5,
+        table.clone().double(),
+        torch.rand(12 if reduction == "none" else ()),
+    )
+    exact = z.double().requires_grad_()
+    mixture = alpha * past[where] + (1 - alpha) * F.one_hot(y.clamp(min=0), classes)
+    rows = -(mixture * exact.log_softmax(1)).sum(1) * weights.double() * (y != -100)
+    want = {"mean": rows.sum() / 11, "sum": rows.sum(), "none": rows}[reduction]
+    want.backward(upstream.double())
+
+    z.requires_grad_()
+    loss = kd_loss_into_table(z, y, table, where, alpha=alpha, sample_weights=weights, reduction=reduction)
+    loss.backward(upstream)
+    assert_close_to_fp64(loss, want, name="loss")
+    assert_close_to_fp64(z.grad, exact.grad, name="gradient")
+    past[where] = exact.detach().softmax(1)
+    assert_close_to_fp64(table, past, name="table")
+    untouched = torch.ones(len(table), dtype=torch.bool)
+    untouched[where] = False
+    assert torch.equal(table[untouched].double(), past[untouched])
+
+
+def test_a_gradient_that_all_but_cancels_is_right_although_its_row_of_the_table_is_replaced():
+    z, y, table, where = past_predictions(12, 40)
+    past = table[where].double()
+    z.requires_grad_()
+    kd_loss_into_table(z, y, table, where, alpha=1.0, reduction="sum").backward()
+    exact = z.detach().double().softmax(1) * past.sum(1, keepdim=True) - past
+    assert_close_to_fp64(z.grad[0], exact[0])
+
+
+@pytest.mark.parametrize("what", ["double table", "half table", "transposed table", "twice the same sample", "float64"])
+def test_tables_that_the_kernel_does_not_take(what):
+    z, y, table, where = past_predictions(8, 30)
+    if what == "double table":
+        table = table.double()
+    elif what == "half table":
+        table = table.half()
+    elif what == "transposed table":
+        table = table.t().contiguous().t()
+    elif what == "twice the same sample":
+        where[3] = where[1]
+        z[3] = z[1]  # whichever prediction it keeps
+    else:
+        z = z.double()
+    past = table[where].to(z.dtype)
+    ours, theirs = z.clone().requires_grad_(), z.clone().requires_grad_()
+    loss = kd_loss_into_table(ours, y, table, where, alpha=0.7)
+    want = kd_loss(theirs, y, soft_targets=past, alpha=0.7, soft_form="ce")
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(torch.autograd.grad(loss, ours)[0], torch.autograd.grad(want, theirs)[0])
+    torch.testing.assert_close(
+        table[where], z.softmax(1).to(table.dtype), rtol=1e-3 if what == "half table" else 1e-5, atol=0
+    )
+
+
+def test_the_gradient_into_a_table_may_be_asked_for_again_but_not_differentiated():
+    z, y, table, where = past_predictions(8, 30)
+    w = torch.tensor(2.0, requires_grad=True)
+    loss = kd_loss_into_table(z * w, y, table, where, alpha=0.7)
+    first = torch.autograd.grad(loss, w, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(2 * loss, w, retain_graph=True)[0], 2 * first)
+    with pytest.raises(SparseEngineError, match="overwritten"):
+        torch.autograd.grad(loss, w, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"table": torch.rand(16, 7)}, r"\(16, 7\)"),
+        ({"samples": torch.zeros(3, dtype=torch.int64)}, r"samples are torch.int64 \(3,\)"),
+        ({"samples": torch.full((8,), 16)}, "samples run from 16 to 16, but the table has 16 rows"),
+        ({"alpha": 1.5}, "alpha is 1.5"),
+    ],
+)
+def test_tables_and_samples_that_do_not_fit(change, message):
+    z, y, table, where = past_predictions(8, 30)
+    with pytest.raises(SparseEngineError, match=message):
+        kd_loss_into_table(z, y, **{"table": table, "samples": where, "alpha": 0.5, **change})
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("n, last", [(9, 4), (4, 9), (5, 0), (0, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_loss_with_the_last_batch_is_the_sum_of_its_halves(dtype, n, last, weighted):
+    z, t, y = make(n + last, 70, dtype)
+    y[:: n + last - 1] = -100
+    weights = torch.rand(n + last, dtype=dtype) if weighted else None
+    exact = z.detach().double().requires_grad_()
+    wide = None if weights is None else weights.double()
+    hard = kd_loss(exact, y, sample_weights=wide)
+    soft = kd_loss(
+        exact[n:], y[n:], teacher_logits=t[n:].double(), temperature=3.0, hard_weight=0.0, soft_weight=0.6,
+        sample_weights=None if wide is None else wide[n:],
+    )  # fmt: skip
+    (hard + soft).backward()
+    loss = dlb_loss(z, y, t[n:], weight=0.6, temperature=3.0, sample_weights=weights)
+    assert_close_to_fp64(loss, (hard + soft).detach())
+    loss.backward()
+    assert_close_to_fp64(z.grad, exact.grad)
+
+
+def test_the_loss_with_the_last_batch_has_second_derivatives():
+    z, t, y = make(5, 4)
+    assert torch.autograd.gradcheck(lambda z: dlb_loss(z, y, t[2:], weight=0.6), z)
+    assert torch.autograd.gradgradcheck(lambda z: dlb_loss(z, y, t[2:], weight=0.6), z)
+
+
+def test_a_last_batch_that_does_not_fit():
+    z, t, y = make(5, 4)
+    with pytest.raises(ShapeError, match=r"\(5, 4\) and last_logits \(5, 3\)"):
+        dlb_loss(z, y, t[:, :3])

@@ -134,6 +134,17 @@ def test_scoring_copies_leave_the_state_alone():
     assert torch.equal(table.table, before)
 
 
+def test_a_scoring_copy_has_second_derivatives():
+    model, b = net(), batch()
+    objective = ProgressiveSelfDistillation(b.targets, 3).for_scoring()
+    objective.warm(net(), [b])
+    loss = objective(model, b)
+    first = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    second = torch.autograd.grad(sum((g**2).sum() for g in first), model[0].weight)[0]
+    assert second.isfinite().all()
+    assert second.any()
+
+
 def test_teacher_stays_frozen_and_in_evaluation_mode():
     teacher = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
