@@ -8,13 +8,17 @@ Write bench/results/call_overhead.json, memory.json and threads.json. Memory and
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
+import platform
+import shutil
+import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +133,52 @@ def memory_of_running(file: Path, batch: int) -> dict[str, Any]:
     }
 
 
+def allocations_of_running(file: Path, batch: int) -> dict[str, Any]:
+    """Calls of malloc and its relatives per call of the executable, once it is warm; `allocation_counter` is loaded."""
+    import sparse_engine as se
+    from bench.networks import IMAGE
+
+    x = torch.randn(batch, *IMAGE, generator=torch.Generator().manual_seed(0))
+    executable = se.load(file)
+    counter = ctypes.CDLL(os.environ["LD_PRELOAD"])
+
+    def count(call: Callable[[], Any], times: int) -> tuple[float, float]:
+        core, others = ctypes.c_int64(), ctypes.c_int64()
+        counter.allocations_begin()
+        for _ in range(times):
+            call()
+        counter.allocations_end(ctypes.byref(core), ctypes.byref(others))
+        return core.value / times, others.value / times
+
+    first = count(lambda: executable(x), 1)
+    later = count(lambda: executable(x), 20)
+    return {
+        "core_allocations_first_call": first[0],
+        "core_allocations_per_call": later[0],
+        "other_allocations_per_call": later[1],
+        "of_one_torch_empty": count(lambda: torch.empty(batch, 1000), 20)[1],
+    }
+
+
+def allocation_counter() -> Path | None:
+    """The library that counts allocations, compiled now; None where there is no compiler or not glibc."""
+    compiler, library = shutil.which(os.environ.get("CXX", "c++")), WORK / "count_allocations.so"
+    if compiler is None or platform.libc_ver()[0] != "glibc":
+        return None
+    source = Path(__file__).with_name("count_allocations.cpp")
+    command = [compiler, "-O2", "-std=c++17", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"]
+    subprocess.run(command, check=True)
+    return library
+
+
 def run_memory() -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     file = WORK / "memory.spx"
     rows = [_apart("converting", file)] + [_apart("running", file, batch) for batch in (1, 16)]
+    counter = allocation_counter()
+    if counter is not None:
+        for row, batch in zip(rows[1:], (1, 16), strict=True):
+            row |= _apart("allocating", file, batch, environment={"LD_PRELOAD": str(counter)})
     file.unlink()
     results_io.write(
         "memory",
@@ -141,13 +187,15 @@ def run_memory() -> None:
         command="python -m bench.runtime memory",
         notes="Each row in a process of its own. Above: above what is resident after importing PyTorch and "
         "sparse_engine and making the input (for converting: and the model). Seconds: converting; loading with the "
-        "first call.",
+        "first call. Allocations: calls of malloc, its relatives and operator new; by the core, which computes, and by "
+        "PyTorch and Python, which make the output.",
     )
 
 
-def _apart(what: str, file: Path, *rest: int) -> dict[str, Any]:
+def _apart(what: str, file: Path, *rest: int, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.runtime", "--child", what, str(file), *map(str, rest)]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    env = {**os.environ, **(environment or {})}
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
     return json.loads(output.strip().splitlines()[-1])
 
 
@@ -155,66 +203,96 @@ def _apart(what: str, file: Path, *rest: int) -> dict[str, Any]:
 
 
 def run_threads(rounds: int) -> None:
-    """Scaling, a busy neighbour, two executables at once, idle."""
+    """Scaling, a busy neighbour, two executables at once, beside PyTorch's own threads, idle."""
     import sparse_engine as se
     from bench.networks import IMAGE, pruned_network
 
     cores = os.cpu_count() or 1
     torch.set_num_threads(cores)
     model = pruned_network(NETWORK, sparsity=0.9)
+    x = torch.randn(1, *IMAGE, generator=torch.Generator().manual_seed(0))
+    one = se.convert(model, (x,), threads=1)
+    every, other = (se.convert(model, (x,), threads=cores) for _ in range(2))
     rows = []
     for batch in (1, 16):
-        x = torch.randn(batch, *IMAGE, generator=torch.Generator().manual_seed(0))
-        one, all_cores = se.convert(model, (x,), threads=1), se.convert(model, (x,), threads=cores)
+        images = torch.randn(batch, *IMAGE, generator=torch.Generator().manual_seed(0))
 
-        def median(calls: dict[str, Callable[[], Any]], batch: int = batch) -> dict[str, float]:
-            times = results_io.interleaved(calls, seconds=rounds * (0.3 if batch == 1 else 1.0))
-            return {name: summary["median_ms"] for name, summary in times.items()}
+        def call(executable: Any, images: torch.Tensor = images) -> Callable[[], Any]:
+            return lambda: executable(images)
 
-        alone = median({"one": lambda: one(x), "all": lambda: all_cores(x)})  # noqa: B023
-        spin = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-        try:
-            disturbed = median({"all": lambda: all_cores(x)})  # noqa: B023
-        finally:
-            spin.kill()
-            spin.wait()
-        together = _two_at_once(lambda: all_cores(x), rounds * 0.5)  # noqa: B023
-        begin, used = time.perf_counter(), time.process_time()
-        time.sleep(1.0)
-        idle = (time.process_time() - used) / (time.perf_counter() - begin)
+        window = 0.4 if batch == 1 else 2.0
+        alone = _medians({"one": call(one), "all": call(every)}, window * rounds)
+        rows.append(_thread_row("one thread", batch, alone["one"]))
+        rows.append(_thread_row(f"{cores} threads", batch, alone["all"], alone["one"] / alone["all"], "times faster"))
+        quiet, busy = _beside_neighbour(call(every), rounds, window)
+        rows.append(_thread_row("beside a busy neighbour", batch, busy, busy / quiet, "times slower"))
+        together, unfair = _two_at_once(call(every), call(other), window * rounds / 2)
+        # Two calls share the machine that one had: twice the time of one is a fair half each.
         rows.append(
-            {
-                "batch": batch,
-                "one_thread_ms": alone["one"],
-                f"{cores}_threads_ms": alone["all"],
-                "scaling": alone["one"] / alone["all"],
-                "busy_neighbour_ms": disturbed["all"],
-                "slowdown_by_neighbour": disturbed["all"] / alone["all"],
-                "two_callers_ms": together[0],
-                "two_callers_unfairness": together[1],
-                "idle_cpu_%": 100 * idle,
-            }
+            _thread_row("two executables at once", batch, 2 * together, 2 * together / alone["all"], "times one alone")
         )
+        rows.append(_thread_row("the same, fairness", batch, None, unfair, "times as many calls"))
+        rows += _beside_torch(call(every), batch, window * rounds)
+        rows.append(_thread_row("idle", batch, None, _idle_share(call(every)), "% of one core"))
     results_io.write(
         "threads",
         rows=rows,
-        claim="Scaling over cores, a neighbour that keeps one core busy, two callers at once, and an idle process.",
+        claim="Scaling over cores, a neighbour that keeps one core busy, two executables at once, PyTorch's own "
+        "threads beside ours, and an idle process.",
         command="python -m bench.runtime threads",
-        notes="ResNet-50, 90 % unstructured. Two callers: two Python threads call the executable; ms per call of both "
-        "together, and the larger share of calls over the smaller. Idle: processor time in the second after a call.",
+        notes="ResNet-50, 90 % unstructured; medians. Neighbour: another process in an endless loop, windows with and "
+        "without it in turns. Two executables: two Python threads call one each; ms of a call, and how many more calls "
+        "the luckier thread made. PyTorch: a convolution of about the same time on all cores, called in turns with the "
+        "executable, against each called by itself. Idle: processor time in the second after a call.",
     )
 
 
-def _two_at_once(call: Callable[[], Any], seconds: float) -> tuple[float, float]:
+def _thread_row(what: str, batch: int, ms: float | None, value: float | None = None, meaning: str = "") -> dict:
+    return {"batch": batch, "what": what, "ms": ms, "value": value, "meaning": meaning}
+
+
+def _medians(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    return {name: found["median_ms"] for name, found in results_io.interleaved(calls, seconds=seconds).items()}
+
+
+def _times(call: Callable[[], Any], seconds: float) -> list[float]:
+    """Milliseconds of each call in a window, at least three."""
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 3:
+        begin = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return times
+
+
+def _beside_neighbour(call: Callable[[], Any], rounds: int, window: float) -> tuple[float, float]:
+    """Median ms of windows without and with a process that keeps one core busy, in turns."""
+    quiet: list[float] = []
+    busy: list[float] = []
+    for _ in range(rounds):
+        quiet += _times(call, window / 2)
+        spin = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            time.sleep(0.2)  # it is past its start
+            busy += _times(call, window / 2)
+        finally:
+            spin.kill()
+            spin.wait()
+    return statistics.median(quiet), statistics.median(busy)
+
+
+def _two_at_once(first: Callable[[], Any], second: Callable[[], Any], seconds: float) -> tuple[float, float]:
+    """Ms per call of both together, and the calls of the luckier thread over those of the other."""
     counts = [0, 0]
     end = time.perf_counter() + seconds
 
-    def caller(which: int) -> None:
+    def caller(which: int, call: Callable[[], Any]) -> None:
         while time.perf_counter() < end:
             call()
             counts[which] += 1
 
-    callers = [threading.Thread(target=caller, args=(which,)) for which in range(2)]
+    callers = [threading.Thread(target=caller, args=(0, first)), threading.Thread(target=caller, args=(1, second))]
     begin = time.perf_counter()
     for thread in callers:
         thread.start()
@@ -223,12 +301,57 @@ def _two_at_once(call: Callable[[], Any], seconds: float) -> tuple[float, float]
     return 1e3 * (time.perf_counter() - begin) / sum(counts), max(counts) / max(1, min(counts))
 
 
+@torch.no_grad()
+def _beside_torch(call: Callable[[], Any], batch: int, seconds: float) -> list[dict[str, Any]]:
+    """The executable and a convolution by PyTorch, each by itself and in turns."""
+    x, weight = torch.randn(4 * batch, 64, 56, 56), torch.randn(64, 64, 3, 3)
+    dense = lambda: torch.nn.functional.conv2d(x, weight, padding=1)  # noqa: E731
+    # Windows of each kind in turns, too: the machine's speed drifts.
+    found: dict[str, list[float]] = {"ours": [], "torch": [], "ours in turns": [], "torch in turns": []}
+    for _ in range(4):
+        found["ours"] += _times(call, seconds / 16)
+        found["torch"] += _times(dense, seconds / 16)
+        end = time.perf_counter() + seconds / 8
+        while time.perf_counter() < end:
+            found["ours in turns"] += _times_once(call)
+            found["torch in turns"] += _times_once(dense)
+    ms = {name: statistics.median(times) for name, times in found.items()}
+    return [
+        _thread_row(
+            f"{name}, in turns with {other}",
+            batch,
+            ms[f"{key} in turns"],
+            ms[f"{key} in turns"] / ms[key],
+            "times its own time alone",
+        )
+        for name, key, other in (("executable", "ours", "PyTorch"), ("PyTorch", "torch", "the executable"))
+    ]
+
+
+def _times_once(call: Callable[[], Any]) -> list[float]:
+    begin = time.perf_counter()
+    call()
+    return [(time.perf_counter() - begin) * 1e3]
+
+
+def _idle_share(call: Callable[[], Any]) -> float:
+    """Per cent of one core in the second after a call."""
+    call()
+    begin, used = time.perf_counter(), time.process_time()
+    time.sleep(1.0)
+    return 100 * (time.process_time() - used) / (time.perf_counter() - begin)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["--child"]:
         what, file, *rest = arguments[1:]
-        row = memory_of_converting(Path(file)) if what == "converting" else memory_of_running(Path(file), int(rest[0]))
-        print(json.dumps(row))
+        children: dict[str, Callable[..., dict[str, Any]]] = {
+            "converting": memory_of_converting,
+            "running": memory_of_running,
+            "allocating": allocations_of_running,
+        }
+        print(json.dumps(children[what](Path(file), *map(int, rest))))
         return
     parser = argparse.ArgumentParser(prog="python -m bench.runtime", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="shorter")

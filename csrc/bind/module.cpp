@@ -10,6 +10,7 @@
 #include "core/cpu_features.h"
 #include "core/recycled.h"
 #include "core/thread_pool.h"
+#include "core/trace.h"
 #include "runtime/layers.h"
 #include "runtime/linear_operator.h"
 #include "runtime/losses.h"
@@ -38,6 +39,27 @@ template <class T>
 std::vector<T> to_vector(const Array<T>& a) {
     return {a.data(), a.data() + a.size()};
 }
+
+// Addresses or strides of one call; the usual few without an allocation.
+template <class T>
+class Numbers {
+  public:
+    explicit Numbers(const py::sequence& list) : size_(list.size()) {
+        if (size_ > kFew) many_.resize(size_);
+        T* to = size_ > kFew ? many_.data() : few_;
+        for (size_t i = 0; i < size_; i++) to[i] = py::cast<T>(py::object(list[i]));
+    }
+    size_t size() const { return size_; }
+    const T* data() const { return size_ > kFew ? many_.data() : few_; }
+
+  private:
+    static constexpr size_t kFew = 32;
+    size_t size_;
+    T few_[kFew];
+    std::vector<T> many_;
+};
+
+float* const* buffers(const Numbers<uintptr_t>& addresses) { return reinterpret_cast<float* const*>(addresses.data()); }
 
 float* address(uintptr_t p) { return reinterpret_cast<float*>(p); }
 
@@ -206,7 +228,7 @@ KDBatch kd_batch(uintptr_t logits, int64_t pitch, int64_t rows, int64_t classes,
 }  // namespace
 
 // Raised together with INTERFACE in sparse_engine/ops/native.py when a name, an argument or a meaning below changes.
-constexpr int kInterface = 4;
+constexpr int kInterface = 5;
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The C++ core of sparse_engine.";
@@ -637,18 +659,21 @@ PYBIND11_MODULE(_C, m) {
             };
             b.add(name, std::make_unique<CallbackNode>(run, refs));
         })
-        .def("run", [](const PlanBuilder& b, const std::vector<uintptr_t>& pointers, int threads) {
+        .def("run", [](const PlanBuilder& b, const py::sequence& addresses, int threads) {
+            const Numbers<uintptr_t> pointers(addresses);
             if (pointers.size() != b.external_floats.size()) throw std::invalid_argument("expected " + std::to_string(b.external_floats.size()) + " addresses, got " + std::to_string(pointers.size()));
             py::gil_scoped_release release;
-            b.plan->run(reinterpret_cast<float* const*>(pointers.data()), threads);
+            b.plan->run(buffers(pointers), threads);
         }, py::arg("pointers"), py::arg("threads") = 0)
         .def(
             "run_many",
-            [](const PlanBuilder& b, const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& strides, int64_t count, int threads) {
+            [](const PlanBuilder& b, const py::sequence& addresses, const py::sequence& steps, int64_t count, int threads) {
+                const Numbers<uintptr_t> pointers(addresses);
+                const Numbers<int64_t> strides(steps);
                 if (pointers.size() != b.external_floats.size() || strides.size() != pointers.size())
                     throw std::invalid_argument("expected " + std::to_string(b.external_floats.size()) + " addresses and strides");
                 py::gil_scoped_release release;
-                b.plan->run_many(reinterpret_cast<float* const*>(pointers.data()), strides.data(), count, threads);
+                b.plan->run_many(buffers(pointers), strides.data(), count, threads);
             },
             py::arg("pointers"), py::arg("strides"), py::arg("count"), py::arg("threads") = 0)
         .def("profile", [](const PlanBuilder& b, const std::vector<uintptr_t>& pointers, int threads) {
@@ -668,6 +693,22 @@ PYBIND11_MODULE(_C, m) {
         })
         .def_property_readonly("arena_bytes", [](const PlanBuilder& b) { return b.plan->arena_bytes(); })
         .def("__len__", [](const PlanBuilder& b) { return b.plan->size(); });
+
+    m.def(
+        "trace",
+        [](const py::function& call) {
+            Trace trace;
+            call();
+            const double wall = trace.microseconds_since_begin();
+            py::list spans;
+            for (const Trace::Span& s : trace.spans())
+                spans.append(py::make_tuple(s.name, s.thread, s.band, s.pass, s.start_us, s.duration_us, s.busy_us, s.items));
+            return py::make_tuple(wall, spans);
+        },
+        py::arg("call"),
+        "Microseconds of a call without arguments, and (name, thread, band, pass, start, duration, busy, items) of what each thread did "
+        "for "
+        "each node of the plans that it ran.");
 
     // Two plans' places must agree: every part's view of an arena is checked against that arena's size.
     struct Parts {
@@ -692,12 +733,13 @@ PYBIND11_MODULE(_C, m) {
              py::arg("parts"), py::arg("ends"))
         .def(
             "run",
-            [](const Parts& p, const std::vector<uintptr_t>& pointers) {
+            [](const Parts& p, const py::sequence& addresses) {
+                const Numbers<uintptr_t> pointers(addresses);
                 if (pointers.size() != p.shared)
                     throw std::invalid_argument("expected " + std::to_string(p.shared) + " addresses, got " +
                                                 std::to_string(pointers.size()));
                 py::gil_scoped_release release;
-                p.plan->run(reinterpret_cast<float* const*>(pointers.data()));
+                p.plan->run(buffers(pointers));
             },
             py::arg("pointers"))
         .def(

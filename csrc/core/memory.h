@@ -1,7 +1,9 @@
 // Memory that kernels like: 64-byte aligned, on huge pages where the system has them (a tile touches one page per channel plane).
 #pragma once
 
+#include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -40,12 +42,15 @@ class AlignedBuffer {
     size_t bytes() const { return bytes_; }
 
     static constexpr size_t kHuge = size_t(2) << 20;  // from this size on, huge pages
+    // Of the whole process so far, for tests: operator new knows nothing of these.
+    inline static std::atomic<int64_t> allocations{0};
 
   private:
     void allocate(size_t bytes) {
         size_t alignment = bytes >= kHuge ? kHuge : 64;
         bytes_ = (bytes + alignment - 1) / alignment * alignment;
         if (bytes_ == 0) return;
+        allocations.fetch_add(1, std::memory_order_relaxed);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
         if (alignment == kHuge) {
             // Straight from the system: what malloc hands out may have been touched before, and pages are huge only from their first touch.

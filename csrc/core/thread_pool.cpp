@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/cpu_features.h"
+#include "core/trace.h"
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -51,6 +52,7 @@ struct alignas(64) Job {
     int threads = 0;
     int max_helpers = 0;
     int caller_core = -1;
+    TracePosition position;  // of the caller, where its call is traced
     // One range per thread: successive jobs over the same pixels then find them in the same core's cache.
     Range ranges[kMaxThreads];
     alignas(64) std::atomic<int64_t> unfinished{0};
@@ -119,10 +121,11 @@ class Pool {
         job.unfinished.store(items, std::memory_order_relaxed);
         job.max_helpers = threads - 1;
         job.caller_core = current_core();
+        job.position = trace_position;
         bool someone_parked;
         {
             std::lock_guard lock(mutex_);
-            while (static_cast<int>(workers_.size()) < threads - 1) workers_.emplace_back([this] { work(); });
+            while (static_cast<int>(workers_.size()) < threads - 1) start_worker();
             jobs_.push_back(&job);
             version_.fetch_add(1, std::memory_order_release);
             someone_parked = parked_ > 0;
@@ -143,10 +146,37 @@ class Pool {
         for (int spin = 0; spin < kSpins && job.unfinished.load(std::memory_order_acquire) != 0; spin++) SE_PAUSE();
         std::unique_lock lock(mutex_);
         done_.wait(lock, [&] { return job.unfinished.load(std::memory_order_acquire) == 0 && job.helpers == 0; });
+        if (job.position.node) [[unlikely]]
+            job.position.node->joined(Trace::Clock::now());
     }
 
   private:
+    void start_worker() {  // with mutex_ held
+        const int number = static_cast<int>(workers_.size()) + 1;
+        workers_.emplace_back([this, number] {
+            pool_worker = number;
+            work();
+        });
+    }
+
     static void drain(Job& job, int slot) {
+        const int64_t finished = job.position.trace ? drain_traced(job, slot) : drain_items(job, slot);
+        if (finished) job.unfinished.fetch_sub(finished, std::memory_order_acq_rel);
+    }
+
+    static int64_t drain_traced(Job& job, int slot) {
+        if (!job.position.node) {  // the items are whole plans, whose nodes are recorded
+            TraceScope scope(job.position);
+            return drain_items(job, slot);
+        }
+        TraceScope scope{TracePosition()};
+        const Trace::Time from = Trace::Clock::now();
+        const int64_t finished = drain_items(job, slot);
+        if (finished || slot == 0) job.position.node->worked(from, Trace::Clock::now(), finished);
+        return finished;
+    }
+
+    static int64_t drain_items(Job& job, int slot) {
         int64_t finished = 0, item;
         while (job.ranges[slot].take(true, &item)) {
             (*job.body)(item, slot);
@@ -161,7 +191,7 @@ class Pool {
             (*job.body)(item, slot);
             finished++;
         }
-        if (finished) job.unfinished.fetch_sub(finished, std::memory_order_acq_rel);
+        return finished;
     }
 
     static bool has_work(const Job& job) {

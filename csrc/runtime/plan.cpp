@@ -1,13 +1,22 @@
 #include "runtime/plan.h"
 
+#include <algorithm>
 #include <chrono>
 #include <limits>
 #include <stdexcept>
+
+#include "core/trace.h"
 
 namespace sparse_engine {
 
 float Epilogue::low() const { return kind == Activation::clamp ? p0 : -std::numeric_limits<float>::infinity(); }
 float Epilogue::high() const { return kind == Activation::clamp ? p1 : std::numeric_limits<float>::infinity(); }
+
+size_t Context::level_scratch(size_t bytes) {
+    for (int slot = 0; slot < threads; slot++) bytes = std::max(bytes, scratch_[slot].bytes());
+    for (int slot = 0; slot < threads; slot++) scratch_[slot].reserve(bytes);
+    return bytes;
+}
 
 std::unique_ptr<Context> Plan::acquire(float* const* pointers, int threads) const {
     std::unique_ptr<Context> context;
@@ -16,36 +25,65 @@ std::unique_ptr<Context> Plan::acquire(float* const* pointers, int threads) cons
         if (!idle_.empty()) {
             context = std::move(idle_.back());
             idle_.pop_back();
+        } else {
+            contexts_++;
+            idle_.reserve(contexts_);
         }
     }
-    if (!context) {
-        context = std::make_unique<Context>();
-        context->arena.reserve(static_cast<size_t>(arena_bytes()));
-    }
+    if (!context) context = make_context();
     context->external = pointers;
-    context->threads = threads > 0 ? threads : num_threads();
+    context->threads = std::min(threads > 0 ? threads : num_threads(), kMaxThreads);
+    return context;
+}
+
+std::unique_ptr<Context> Plan::make_context() const {
+    auto context = std::make_unique<Context>();
+    context->arena.reserve(static_cast<size_t>(arena_bytes()));
     return context;
 }
 
 void Plan::release(std::unique_ptr<Context> context) const {
     std::lock_guard lock(mutex_);
+    scratch_bytes_ = context->level_scratch(scratch_bytes_);
     idle_.push_back(std::move(context));
 }
 
 void Plan::run(float* const* pointers, int threads) const {
     auto context = acquire(pointers, threads);
-    for (const auto& node : nodes_) node->run(*context);
+    for (size_t i = 0; i < nodes_.size(); i++) run_node(i, *context);
     release(std::move(context));
+}
+
+void Plan::run_node(size_t i, Context& context) const {
+    if (trace_position.begins_nodes()) [[unlikely]] {
+        TracedNode traced(nodes_[i]->name);
+        nodes_[i]->run(context);
+    } else {
+        nodes_[i]->run(context);
+    }
 }
 
 void Plan::run_many(float* const* pointers, const int64_t* strides, int64_t count, int threads) const {
     if (threads <= 0) threads = num_threads();
     bool apart = count >= threads;
+    if (apart) {  // which thread is how early must not decide when memory is allocated
+        std::lock_guard lock(mutex_);
+        for (; contexts_ < static_cast<size_t>(std::min(threads, kMaxThreads)); contexts_++) {
+            idle_.reserve(contexts_ + 1);
+            idle_.push_back(make_context());
+        }
+    }
     parallel_for(count, apart ? threads : 1, [&](int64_t item, int) {
-        std::vector<float*> moved(pointers, pointers + externals_);
-        for (int b = 0; b < externals_; b++) moved[b] += item * strides[b];
-        run(moved.data(), apart ? 1 : threads);
+        TraceScope scope({trace_position.trace, trace_position.node, trace_position.band, item});
+        constexpr int kFew = 32;
+        float* few[kFew];
+        std::vector<float*> many(externals_ > kFew ? externals_ : 0);
+        float** moved = externals_ > kFew ? many.data() : few;
+        for (int b = 0; b < externals_; b++) moved[b] = pointers[b] + item * strides[b];
+        run(moved, apart ? 1 : threads);
     });
+    std::lock_guard lock(mutex_);
+    for (const auto& context : idle_) context->level_scratch(scratch_bytes_);
 }
 
 std::vector<double> Plan::profile(float* const* pointers, int threads) const {
@@ -97,20 +135,39 @@ PartedPlan::PartedPlan(std::vector<std::shared_ptr<const Plan>> parts, std::vect
 template <class RunNode>
 void PartedPlan::run_stages(float* const* pointers, const RunNode& run_node) const {
     const size_t count = parts_.size(), shared = static_cast<size_t>(parts_[0]->externals()) - count;
-    std::vector<std::unique_ptr<Context>> contexts;
-    std::vector<float*> buffers(pointers, pointers + shared);
-    for (const auto& part : parts_) contexts.push_back(part->acquire(nullptr, 1));
-    for (const auto& context : contexts) buffers.push_back(context->arena.as<float>());
-    for (const auto& context : contexts) context->external = buffers.data();
+    auto call = acquire();
+    auto& [contexts, buffers] = *call;
+    std::copy(pointers, pointers + shared, buffers.begin());
+    for (size_t p = 0; p < count; p++) {
+        contexts[p] = parts_[p]->acquire(buffers.data(), 1);
+        buffers[shared + p] = contexts[p]->arena.as<float>();
+    }
     for (size_t stage = 0; stage < ends_[0].size(); stage++)
         parallel_for(static_cast<int64_t>(count), static_cast<int>(count), [&](int64_t p, int) {
+            TraceScope scope({trace_position.trace, trace_position.node, static_cast<int>(p), trace_position.pass});
             for (size_t i = stage ? ends_[p][stage - 1] : 0; i < ends_[p][stage]; i++) run_node(static_cast<size_t>(p), i, *contexts[p]);
         });
     for (size_t p = 0; p < count; p++) parts_[p]->release(std::move(contexts[p]));
+    std::lock_guard lock(mutex_);
+    idle_.push_back(std::move(call));
+}
+
+std::unique_ptr<PartedPlan::Call> PartedPlan::acquire() const {
+    std::lock_guard lock(mutex_);
+    if (!idle_.empty()) {
+        auto call = std::move(idle_.back());
+        idle_.pop_back();
+        return call;
+    }
+    idle_.reserve(++calls_);
+    auto call = std::make_unique<Call>();
+    call->contexts.resize(parts_.size());
+    call->buffers.resize(static_cast<size_t>(parts_[0]->externals()));
+    return call;
 }
 
 void PartedPlan::run(float* const* pointers) const {
-    run_stages(pointers, [&](size_t p, size_t i, Context& context) { parts_[p]->nodes_[i]->run(context); });
+    run_stages(pointers, [&](size_t p, size_t i, Context& context) { parts_[p]->run_node(i, context); });
 }
 
 std::vector<std::vector<double>> PartedPlan::profile(float* const* pointers) const {

@@ -34,12 +34,6 @@ struct View {
     }
 };
 
-struct Span {  // one timed piece of work
-    int node;
-    int slot;
-    double start_us, duration_us;
-};
-
 class Context {
   public:
     float* at(const Ref& ref) const { return (ref.buffer == 0 ? arena.as<float>() : external[ref.buffer - 1]) + ref.offset; }
@@ -49,6 +43,9 @@ class Context {
         scratch_[slot].reserve(std::max(floats * sizeof(float), AlignedBuffer::kHuge));
         return scratch_[slot].as<float>();
     }
+    // Gives the scratch of every thread the size of the largest, or `bytes` where that is more, so that later calls allocate nothing
+    // whichever thread takes which work. Returns that size.
+    size_t level_scratch(size_t bytes);
     AlignedBuffer arena;
     float* const* external = nullptr;
     int threads = 1;
@@ -98,12 +95,17 @@ class Plan {
     static constexpr int64_t kSlack = 64;
     std::unique_ptr<Context> acquire(float* const* pointers, int threads) const;
     void release(std::unique_ptr<Context> context) const;
+    std::unique_ptr<Context> make_context() const;
+    void run_node(size_t i, Context& context) const;
 
     std::vector<std::unique_ptr<Node>> nodes_;
     int64_t arena_floats_;
     int externals_;
+    // What a call works in is kept for the calls after it: only the first one allocates.
     mutable std::mutex mutex_;
     mutable std::vector<std::unique_ptr<Context>> idle_;
+    mutable size_t contexts_ = 0;       // idle or in use
+    mutable size_t scratch_bytes_ = 0;  // of each thread, the most that any call needed
 };
 
 // Plans that work on one part of the image each, in step: part p runs its nodes [ends[p][s-1], ends[p][s]) in stage s, and no part enters a
@@ -122,11 +124,19 @@ class PartedPlan {
     size_t parts() const { return parts_.size(); }
 
   private:
+    struct Call {
+        std::vector<std::unique_ptr<Context>> contexts;
+        std::vector<float*> buffers;  // of every part: what was given, then all arenas
+    };
+    std::unique_ptr<Call> acquire() const;
     template <class RunNode>
     void run_stages(float* const* pointers, const RunNode& run_node) const;
 
     std::vector<std::shared_ptr<const Plan>> parts_;
     std::vector<std::vector<size_t>> ends_;
+    mutable std::mutex mutex_;
+    mutable std::vector<std::unique_ptr<Call>> idle_;
+    mutable size_t calls_ = 0;  // idle or in use
 };
 
 }  // namespace sparse_engine

@@ -14,7 +14,7 @@ constexpr int64_t kGrain = 8192;  // elements per work item: a few microseconds
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls body(offsets, row elements) over pieces of rows of about kGrain elements, in parallel when there is enough work.
+// Calls body(offsets, row elements, slot) over pieces of rows of about kGrain elements, in parallel when there is enough work.
 template <class F>
 void for_rows(const LoopNest& loops, int threads, int64_t weight, const F& body) {
     int64_t rows = loops.rows(), row = loops.row;
@@ -24,21 +24,21 @@ void for_rows(const LoopNest& loops, int threads, int64_t weight, const F& body)
     if (rows * cost < 2 * kGrain) threads = 1;
     if (cost > 2 * kGrain) {  // long rows: cut each
         int64_t piece = ceil_div(std::max<int64_t>(64, kGrain / weight), 64) * 64, pieces = ceil_div(row, piece);
-        parallel_for(rows * pieces, threads, [&](int64_t item, int) {
+        parallel_for(rows * pieces, threads, [&](int64_t item, int slot) {
             int64_t at[8];
             loops.offsets(item / pieces, at);
             int64_t begin = item % pieces * piece;
             for (size_t i = 0; i < operands; i++) at[i] += begin * loops.row_strides[i];
-            body(at, std::min(piece, row - begin));
+            body(at, std::min(piece, row - begin), slot);
         });
         return;
     }
     int64_t group = std::max<int64_t>(1, kGrain / cost), groups = ceil_div(rows, group);
-    parallel_for(groups, threads, [&](int64_t item, int) {
+    parallel_for(groups, threads, [&](int64_t item, int slot) {
         int64_t at[8];
         for (int64_t r = item * group; r < std::min(rows, (item + 1) * group); r++) {
             loops.offsets(r, at);
-            body(at, row);
+            body(at, row, slot);
         }
     });
 }
@@ -128,7 +128,7 @@ void CopyNode::run(Context& context) const {
         });
         return;
     }
-    for_rows(loops_, context.threads, 1, [&](const int64_t* at, int64_t n) {
+    for_rows(loops_, context.threads, 1, [&](const int64_t* at, int64_t n, int) {
         const float* x = from + at[1];
         float* y = to + at[0];
         if (to_step == 1) {
@@ -143,7 +143,7 @@ FillNode::FillNode(View to, float value) : loops_(to.sizes, {to.strides}), to_(t
 
 void FillNode::run(Context& context) const {
     float* to = context.at(to_);
-    for_rows(loops_, context.threads, 1, [&](const int64_t* at, int64_t n) {
+    for_rows(loops_, context.threads, 1, [&](const int64_t* at, int64_t n, int) {
         for (int64_t i = 0; i < n; i++) to[at[0] + i * loops_.row_strides[0]] = value_;
     });
 }
@@ -156,7 +156,7 @@ void UnaryNode::run(Context& context) const {
     const float* x = context.at(x_);
     float* y = context.at(y_);
     int64_t y_step = loops_.row_strides[0], x_step = loops_.row_strides[1];
-    for_rows(loops_, context.threads, 4, [&](const int64_t* at, int64_t n) {
+    for_rows(loops_, context.threads, 4, [&](const int64_t* at, int64_t n, int) {
         if (y_step == 1 && x_step == 1) {
             k.activate(activation_.kind, activation_.p0, activation_.p1, x + at[1], y + at[0], n);
             return;
@@ -175,7 +175,7 @@ void BinaryNode::run(Context& context) const {
     float* y = context.at(y_);
     int64_t y_step = loops_.row_strides[0], a_step = loops_.row_strides[1], b_step = loops_.row_strides[2];
     bool plain = y_step == 1 && (a_step == 0 || a_step == 1) && (b_step == 0 || b_step == 1);
-    for_rows(loops_, context.threads, 1, [&](const int64_t* at, int64_t n) {
+    for_rows(loops_, context.threads, 1, [&](const int64_t* at, int64_t n, int) {
         float* to = y + at[0];
         if (plain) {
             k.binary(kind_, a + at[1], static_cast<int>(a_step), b + at[2], static_cast<int>(b_step), to, n);
@@ -341,7 +341,7 @@ void ReduceNode::run(Context& context) const {
                                              : 0.0f;
     bool sums = kind_ == Reduction::mean || kind_ == Reduction::sum;
     float scale = kind_ == Reduction::mean ? 1.0f / static_cast<float>(count_) : 1.0f;
-    for_rows(kept_, context.threads, std::max<int64_t>(1, count_), [&](const int64_t* at, int64_t n) {
+    for_rows(kept_, context.threads, std::max<int64_t>(1, count_), [&](const int64_t* at, int64_t n, int) {
         int64_t inner[8];
         // Along the kept pixels where those are contiguous, along the reduced ones otherwise.
         if (sums && kept_.row_strides[0] == 1 && kept_.row_strides[1] == 1 && n >= 8) {
@@ -383,14 +383,14 @@ void SoftmaxNode::run(Context& context) const {
     const float* x = context.at(x_);
     float* y = context.at(y_);
     if (length_ == 0) return;
-    for_rows(loops_, context.threads, 16 * length_, [&](const int64_t* at, int64_t n) {
+    for_rows(loops_, context.threads, 16 * length_, [&](const int64_t* at, int64_t n, int slot) {
         const float* from = x + at[1];
         float* to = y + at[0];
         if (loops_.row_strides[0] == 1 && loops_.row_strides[1] == 1 && n > 1) {
             k.softmax_columns(from, static_cast<size_t>(x_step_), length_, to, static_cast<size_t>(y_step_), n);
             return;
         }
-        std::vector<float> line(static_cast<size_t>(length_));
+        float* line = x_step_ == 1 && y_step_ == 1 ? nullptr : context.scratch(slot, static_cast<size_t>(length_));
         for (int64_t j = 0; j < n; j++) {
             const float* row = from + j * loops_.row_strides[1];
             float* out = to + j * loops_.row_strides[0];
@@ -399,7 +399,7 @@ void SoftmaxNode::run(Context& context) const {
                 continue;
             }
             for (int64_t i = 0; i < length_; i++) line[i] = row[i * x_step_];
-            k.softmax_row(line.data(), length_, line.data());
+            k.softmax_row(line, length_, line);
             for (int64_t i = 0; i < length_; i++) out[i * y_step_] = line[i];
         }
     });
@@ -425,14 +425,14 @@ void LayerNormNode::run(Context& context) const {
     const float* x = context.at(x_);
     float* y = context.at(y_);
     const float *weight = weight_.empty() ? nullptr : weight_.data(), *bias = bias_.empty() ? nullptr : bias_.data();
-    for_rows(loops_, context.threads, 4 * length_, [&](const int64_t* at, int64_t n) {
+    for_rows(loops_, context.threads, 4 * length_, [&](const int64_t* at, int64_t n, int slot) {
         const float* from = x + at[1];
         float* to = y + at[0];
         if (loops_.row_strides[0] == 1 && loops_.row_strides[1] == 1 && (n > 1 || x_step_ != 1)) {
             k.layer_norm_columns(from, static_cast<size_t>(x_step_), length_, weight, bias, eps_, to, static_cast<size_t>(y_step_), n);
             return;
         }
-        std::vector<float> line(static_cast<size_t>(length_));
+        float* line = x_step_ == 1 && y_step_ == 1 ? nullptr : context.scratch(slot, static_cast<size_t>(length_));
         for (int64_t j = 0; j < n; j++) {
             const float* row = from + j * loops_.row_strides[1];
             float* out = to + j * loops_.row_strides[0];
@@ -441,19 +441,23 @@ void LayerNormNode::run(Context& context) const {
                 continue;
             }
             for (int64_t i = 0; i < length_; i++) line[i] = row[i * x_step_];
-            k.layer_norm_row(line.data(), length_, weight, bias, eps_, line.data());
+            k.layer_norm_row(line, length_, weight, bias, eps_, line);
             for (int64_t i = 0; i < length_; i++) out[i * y_step_] = line[i];
         }
     });
+}
+
+GroupNormNode::GroupNormNode(View x, View y, int64_t groups, std::vector<float> weight, std::vector<float> bias, float eps)
+    : x_(std::move(x)), y_(std::move(y)), groups_(groups), weight_(std::move(weight)), bias_(std::move(bias)), eps_(eps) {
+    auto of_pixels = [](const std::vector<int64_t>& v) { return std::vector<int64_t>(v.begin() + 2, v.end()); };
+    pixels_ = LoopNest(of_pixels(x_.sizes), {of_pixels(y_.strides), of_pixels(x_.strides)});
 }
 
 void GroupNormNode::run(Context& context) const {
     const KernelTable& k = kernels();
     const float* x = context.at(x_.ref);
     float* y = context.at(y_.ref);
-    std::vector<int64_t> sizes(x_.sizes.begin() + 2, x_.sizes.end()), xs(x_.strides.begin() + 2, x_.strides.end()),
-        ys(y_.strides.begin() + 2, y_.strides.end());
-    LoopNest pixels(sizes, {ys, xs});
+    const LoopNest& pixels = pixels_;
     int64_t batch = x_.sizes[0], channels = x_.sizes[1], per_group = channels / groups_, rows = pixels.rows();
     int64_t count = per_group * rows * pixels.row;
     parallel_for(batch * groups_, batch * groups_ * count < 2 * kGrain ? 1 : context.threads, [&](int64_t item, int) {

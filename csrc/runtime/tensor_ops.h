@@ -147,12 +147,12 @@ class LayerNormNode : public Node {  // over the last `dims` dimensions, which m
 
 class GroupNormNode : public Node {  // x, y: (N, C, pixels…) with any strides
   public:
-    GroupNormNode(View x, View y, int64_t groups, std::vector<float> weight, std::vector<float> bias, float eps)
-        : x_(std::move(x)), y_(std::move(y)), groups_(groups), weight_(std::move(weight)), bias_(std::move(bias)), eps_(eps) {}
+    GroupNormNode(View x, View y, int64_t groups, std::vector<float> weight, std::vector<float> bias, float eps);
     void run(Context& context) const override;
 
   private:
     View x_, y_;
+    LoopNest pixels_;
     int64_t groups_;
     std::vector<float> weight_, bias_;
     float eps_;

@@ -70,11 +70,12 @@ void VectorProductNode::run_dense(Context& context) const {
     const float* in = context.at(x);
     // x as the kernel wants it, once for all threads: floats in its order or three bytes for each.
     const size_t size = static_cast<size_t>(w.pitch);
-    AlignedBuffer prepared(static_cast<size_t>(count) * size * sizeof(float));
-    std::vector<double> scales(static_cast<size_t>(count), 0.0);
+    float* const prepared = context.scratch(0, static_cast<size_t>(count) * (size + sizeof(double) / sizeof(float)));
+    double* const scales = reinterpret_cast<double*>(prepared + static_cast<size_t>(count) * size);  // after count * pitch floats
     for (int64_t vector = 0; vector < count; vector++) {
         const float* from = in + vector * x_stride;
-        float* to = prepared.as<float>() + static_cast<size_t>(vector) * size;
+        float* to = prepared + static_cast<size_t>(vector) * size;
+        scales[vector] = 0;
         if (w.precision == Precision::bfloat16) {
             k.pair_order(from, w.cols, w.pitch, to);
             continue;
@@ -103,7 +104,7 @@ void VectorProductNode::run_dense(Context& context) const {
         a.w = w.values.data(), a.pitch = w.pitch, a.sums = w.sums.data();
         a.row0 = 4 * blocks.begin(block), a.row1 = std::min(w.rows, 4 * blocks.begin(block + 1));
         for (int64_t vector = 0; vector < count; vector++) {
-            a.x = prepared.as<float>() + static_cast<size_t>(vector) * size;
+            a.x = prepared + static_cast<size_t>(vector) * size;
             a.planes = reinterpret_cast<const uint8_t*>(a.x), a.plane_scale = scales[static_cast<size_t>(vector)];
             a.to = destination(context, vector, 0);
             if (w.precision == Precision::bfloat16) {

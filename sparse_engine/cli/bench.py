@@ -23,7 +23,7 @@ from sparse_engine.cli._models import ArgOption, CheckpointOption, ModelOption, 
 from sparse_engine.cli._tables import milliseconds
 from sparse_engine.cli.run import random_inputs
 from sparse_engine.report.environment import busy_warning, machine_line
-from sparse_engine.report.measure import profile_spans
+from sparse_engine.report.measure import profile_call
 from sparse_engine.report.trace import write_trace
 
 
@@ -76,8 +76,8 @@ def bench(
             results.append(executable.benchmark(*random_inputs(executable, size), seconds=seconds, model=network))
         if trace is not None:
             step("profiling one call")
-            spans = profile_spans(executable, random_inputs(executable, batches[0]))
-            write_trace(trace, spans, title=f"{file or model}, batch {batches[0]}")
+            profile = profile_call(executable, random_inputs(executable, batches[0]))
+            write_trace(trace, profile.spans, title=f"{file or model}, batch {batches[0]}", wall_us=profile.wall_us)
     if not as_json:
         _print(results)
         if busy:

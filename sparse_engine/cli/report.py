@@ -133,7 +133,7 @@ def _add_executable(
         data.layers_batch = batches[0]
         data.layers = measure_layers(executable, random_inputs(executable, batches[0]))
         step("measuring ceilings")
-        data.ceilings = measure_ceilings()
+        data.ceilings = measure_ceilings(threads=executable.threads)
 
 
 def _read_json(path: Path, kind: type) -> Any:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from sparse_engine.convert.constants import PackedConstants
 from sparse_engine.convert.graph import DTYPES, Graph, GraphError, build_structure, format_shape, shape_at
 from sparse_engine.convert.report import Benchmark, Report, Timing
+from sparse_engine.convert.trace import CallTrace, trace_call
 from sparse_engine.errors import ConvertError, FileFormatError, ShapeError
 
 _CACHED_PLANS = 16  # batch sizes whose plans are kept
@@ -196,6 +197,29 @@ class Executable:
                     record.append((time.perf_counter() - begin) * 1e3)
         batch = self._samples(tensors)
         return Benchmark(Timing.of(times[0]), Timing.of(times[1]), batch, name, self.threads, torch.get_num_threads())
+
+    def trace(self, *inputs: Tensor | numpy.ndarray) -> CallTrace:
+        """One call, recorded: what each thread did for each native node, and when.
+
+        Example::
+
+            executable(x)                                   # the first call makes the plan and brings in memory
+            for span in executable.trace(x).spans:
+                print(span.name, span.thread, span.dur_us)
+
+        Args:
+            inputs: as for a call.
+
+        Returns:
+            The wall time and the spans. `sparse-engine bench --trace` writes them for Perfetto.
+
+        Raises:
+            ConvertError: there is no native runtime, which is what can be traced.
+            ShapeError: the inputs do not fit.
+        """
+        if not self.native:
+            raise ConvertError(f"there is nothing to profile: {self.native_reason}")
+        return trace_call(lambda: self(*inputs))
 
     def save(self, path: str | os.PathLike[str]) -> Any:
         """Write an ``.spx`` file, atomically; `load` reads it without the model's code.

@@ -1231,11 +1231,15 @@ class NativePlan:
         self._threads = threads
         self._state = state
 
-    def run(self, inputs: list[Tensor]) -> list[Tensor]:
-        """One contiguous tensor per graph input in, one new tensor per graph output out."""
-        outputs, addresses = self._prepare(inputs)
+    def run(self, inputs: list[Tensor], outputs: list[Tensor] | None = None) -> list[Tensor]:
+        """One contiguous tensor per graph input in, one per graph output out: new ones, or those that are given."""
+        outputs, addresses = self._prepare(inputs, outputs)
         self._plan.run(addresses, self._threads)
         return self._collect(outputs)
+
+    def new_outputs(self) -> list[Tensor]:
+        """What `run` makes for the outputs where nothing is given."""
+        return [torch.empty(shape) for shape in self._shapes]
 
     def run_many(self, addresses: list[int], strides: list[int], count: int) -> None:
         """Run `count` batches that follow each other; one address and one stride (floats) per input and output."""
@@ -1262,8 +1266,8 @@ class NativePlan:
         """Bytes of working memory of one call."""
         return self._plan.arena_bytes
 
-    def _prepare(self, inputs: list[Tensor]) -> tuple[list[Tensor], list[int]]:
-        outputs = [torch.empty(shape) for shape in self._shapes]
+    def _prepare(self, inputs: list[Tensor], outputs: list[Tensor] | None = None) -> tuple[list[Tensor], list[int]]:
+        outputs = self.new_outputs() if outputs is None else outputs
         addresses = [tensor.data_ptr() for tensor in inputs]
         addresses += [tensor.data_ptr() for tensor in outputs]
         addresses.append(self._constants_address)
@@ -1289,10 +1293,21 @@ class TailedPlan:
 
     def __init__(self, body: Any, tail: NativePlan) -> None:
         self._body, self._tail = body, tail
+        self._idle: list[list[Tensor]] = []  # memory for what is passed to the tail, kept from call to call
 
-    def run(self, inputs: list[Tensor]) -> list[Tensor]:
-        """One contiguous tensor per graph input in, one new tensor per graph output out."""
-        return self._tail.run(self._body.run(inputs))
+    def run(self, inputs: list[Tensor], outputs: list[Tensor] | None = None) -> list[Tensor]:
+        """One contiguous tensor per graph input in, one per graph output out: new ones, or those that are given."""
+        try:
+            passed = self._idle.pop()
+        except IndexError:  # the first call, or one beside another
+            passed = self._body.new_outputs()
+        results = self._tail.run(self._body.run(inputs, passed), outputs)
+        self._idle.append(passed)
+        return results
+
+    def new_outputs(self) -> list[Tensor]:
+        """What `run` makes for the outputs where nothing is given."""
+        return self._tail.new_outputs()
 
     def profile(self, inputs: list[Tensor]) -> list[tuple[str, float]]:
         """Seconds per native node of one run, in order."""
@@ -1316,9 +1331,9 @@ class SplitPlan:
         self._share = share
         self._shapes = shapes
 
-    def run(self, inputs: list[Tensor]) -> list[Tensor]:
-        """One contiguous tensor per graph input in, one new tensor per graph output out."""
-        outputs = [torch.empty(shape) for shape in self._shapes]
+    def run(self, inputs: list[Tensor], outputs: list[Tensor] | None = None) -> list[Tensor]:
+        """One contiguous tensor per graph input in, one per graph output out: new ones, or those that are given."""
+        outputs = self.new_outputs() if outputs is None else outputs
         tensors = inputs + outputs
         strides = [self._share * tensor[0].numel() for tensor in tensors]
         self._plan.run_many([tensor.data_ptr() for tensor in tensors], strides, self._count)
@@ -1328,6 +1343,10 @@ class SplitPlan:
                 [tensor.data_ptr() + 4 * done * stride for tensor, stride in zip(tensors, strides, strict=True)]
             )
         return outputs
+
+    def new_outputs(self) -> list[Tensor]:
+        """What `run` makes for the outputs where nothing is given."""
+        return [torch.empty(shape) for shape in self._shapes]
 
     def profile(self, inputs: list[Tensor]) -> list[tuple[str, float]]:
         """Seconds per native node of one of the smaller batches, times their number."""

@@ -62,6 +62,7 @@ class LayerTime:
         flops: that remain when zero weights are skipped.
         dense_flops: of the dense operation.
         bytes: least traffic: packed weight, inputs and outputs, each once.
+        working_set: what one pass over the network touches of these, where a batch runs in several; 0 means all bytes.
     """
 
     name: str
@@ -74,6 +75,7 @@ class LayerTime:
     flops: float
     dense_flops: float
     bytes: float
+    working_set: float = 0.0
 
     @property
     def gflops(self) -> float:
@@ -87,7 +89,7 @@ class LayerTime:
 
     def bound(self, ceilings: Ceilings) -> tuple[str, float]:
         """What limits the layer on this machine (compute, cache or memory), and the share of that limit it reaches."""
-        name, gbytes = ceilings.reading(self.bytes)
+        name, gbytes = ceilings.reading(self.working_set or self.bytes)
         limit = gbytes * self.intensity
         if limit >= ceilings.peak:
             limit, name = ceilings.peak, "compute"
@@ -98,8 +100,8 @@ class LayerTime:
         return self.gflops / ceilings.peak if ceilings.peak else 0.0
 
 
-def measure_ceilings(seconds: float = 0.4) -> Ceilings:
-    """Measure what the machine allows, with PyTorch's current number of threads.
+def measure_ceilings(seconds: float = 0.4, threads: int | None = None) -> Ceilings:
+    """Measure what the machine allows to so many threads.
 
     Example:
         >>> ceilings = measure_ceilings(seconds=0.05)
@@ -108,7 +110,17 @@ def measure_ceilings(seconds: float = 0.4) -> Ceilings:
 
     Args:
         seconds: how long to measure, about.
+        threads: as many as the layers had that are held against it; None is PyTorch's number, which is put back.
     """
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads or before)
+        return _measure_ceilings(seconds)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure_ceilings(seconds: float) -> Ceilings:
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     x, w = torch.randn(4, 128, 28, 28), torch.randn(128, 128, 3, 3)
     out = torch.empty(1024, 1024)
@@ -155,8 +167,10 @@ def measure_layers(
     executable(*inputs)
     native: dict[str, list[float]] = {}
     dense: dict[str, list[float]] = {}
+    passes = 1
     for done in range(repeats):
-        for name, ms in _native_times(executable, inputs).items():
+        times, passes = _native_times(executable, inputs)
+        for name, ms in times.items():
             native.setdefault(name, []).append(ms)
         for name, ms in _dense_times(graph, inputs).items():
             dense.setdefault(name, []).append(ms)
@@ -167,54 +181,135 @@ def measure_layers(
     for node in graph.nodes:
         if node.name in native:
             ms, dense_ms = _median(native[node.name]), _median(dense.get(node.name, [0.0]))
-            layers.append(_layer(graph, node, batch, ms, dense_ms))
+            layers.append(_layer(graph, node, batch, ms, dense_ms, passes))
     return layers
 
 
-def profile_spans(executable: Any, inputs: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
-    """One call of an executable as spans: name, kind, thread, start_us, dur_us, and where known flops and bytes.
+@dataclass(frozen=True)
+class Profile:
+    """One call of an executable.
+
+    Attributes:
+        wall_us: from the call to its return, in microseconds.
+        spans: dictionaries in the order of their beginnings: name, kind (the graph's op; `halo` for rows copied from
+            another band, `gather` for bands put together, `copy` for other copies), thread (0 made the call), band and
+            pass (None where there are none), start_us, dur_us, busy_us and items as in `sparse_engine.convert.trace`,
+            and where known this span's part of the node's flops and bytes.
+    """
+
+    wall_us: float
+    spans: list[dict[str, Any]]
+
+
+def profile_call(executable: Any, inputs: Sequence[torch.Tensor]) -> Profile:
+    """One call of an executable as spans, one per node and thread (and pass, where a batch runs in several).
+
+    Example:
+        >>> profile = profile_call(executable, [torch.randn(1, 3, 224, 224)])           # doctest: +SKIP
+        >>> [(span["thread"], span["band"]) for span in profile.spans if span["name"] == "layer1.0.conv1"]
+        [(0, 0), (1, 1)]                                                                 # doctest: +SKIP
+
+    Args:
+        executable: a `sparse_engine.convert.Executable`.
+        inputs: tensors it takes.
 
     Raises:
         SparseEngineError: the executable runs without the native runtime, which is what can be profiled.
     """
+    _check_native(executable)
+    executable(*inputs)  # the first call makes the plan and brings in memory, threads and weights
+    graph = executable.graph
+    trace = executable.trace(*inputs)
+    batch = graph.batch_of([tensor.shape for tensor in inputs])
+    nodes = {node.name: node for node in graph.nodes}
+    spans: list[dict[str, Any]] = []
+    by_node: dict[str, list[dict[str, Any]]] = {}
+    for span in trace.spans:
+        spans.append(
+            {
+                "name": span.name,
+                "kind": _kind(span.name, nodes),
+                "thread": span.thread,
+                "band": span.band,
+                "pass": span.pass_index,
+                "start_us": span.start_us,
+                "dur_us": span.dur_us,
+                "busy_us": span.busy_us,
+                "items": span.items,
+            }
+        )
+        # Copies that a node needs are spans of their own; the arithmetic is the node's.
+        if span.name in nodes:
+            by_node.setdefault(span.name, []).append(spans[-1])
+    for name, own in by_node.items():
+        work = _work(graph, nodes[name], batch)
+        parts = _parts_of_work(own, _shape(graph, nodes[name], batch), batch)
+        for span, part in zip(own, parts, strict=True):
+            span.update(flops=work.flops * part, bytes=work.bytes * part)
+    return Profile(trace.wall_us, spans)
+
+
+def _parts_of_work(spans: Sequence[Mapping[str, Any]], shape: Sequence[int], batch: int) -> list[float]:
+    """Each span's part of what its node does: by rows of the image, or by images of its pass and items of work."""
+    from sparse_engine.convert.parts import rows_of
+
+    if spans[0]["band"] is not None and len(shape) == 4:
+        bands = 1 + max(span["band"] for span in spans)
+        rows = [rows_of(shape[2], span["band"], bands) for span in spans]
+        return [(last - first) / shape[2] for first, last in rows]
+    # A pass takes a power of two of images; what is left of the batch runs after them, in none.
+    count = len({span["pass"] for span in spans} - {None})
+    each = 1 << ((batch // count).bit_length() - 1) if count else 0
+    items: dict[int | None, list[int]] = {}
+    for span in spans:
+        items.setdefault(span["pass"], []).append(span["items"])
+    parts = []
+    for span in spans:
+        images = batch - count * each if span["pass"] is None else each
+        own, together = span["items"], sum(items[span["pass"]])
+        parts.append(images / batch * (own / together if together else 1 / len(items[span["pass"]])))
+    return parts
+
+
+def _kind(name: str, nodes: Mapping[str, Any]) -> str:
+    if name in nodes:
+        return str(nodes[name].op)
+    if name.endswith(".halo"):
+        return "halo"
+    return "gather" if name.startswith("out.") else "copy"
+
+
+def _check_native(executable: Any) -> None:
     if not executable.native:
         raise SparseEngineError(f"there is nothing to profile: {executable.native_reason}")
-    if hasattr(executable, "profile"):
-        return list(executable.profile(*inputs))
-    batch = executable.graph.batch_of([tensor.shape for tensor in inputs])
-    nodes = {node.name: node for node in executable.graph.nodes}
-    spans: list[dict[str, Any]] = []
-    at = 0.0
-    for name, seconds in executable.compile(batch).profile(list(inputs)):
-        owner = nodes.get(_owner(name, set(nodes)))
-        kind = "" if owner is None else owner.op
-        span = {"name": name, "kind": kind, "thread": 0, "start_us": at, "dur_us": seconds * 1e6}
-        # Copies that a node needs are spans of their own; the arithmetic is the node's.
-        if name in nodes:
-            work = _work(executable.graph, nodes[name], batch)
-            span.update(flops=work.flops, bytes=work.bytes)
-        spans.append(span)
-        at += seconds * 1e6
-    return spans
 
 
-def _native_times(executable: Any, inputs: Sequence[torch.Tensor]) -> dict[str, float]:
-    """Milliseconds by node; copies that a node needed count as that node's."""
-    names = {node.name for node in executable.graph.nodes}
-    spans: dict[str, list[Mapping[str, Any]]] = {}
-    for span in profile_spans(executable, inputs):
-        spans.setdefault(_owner(span["name"], names), []).append(span)
-    # Threads work on a node side by side, but a node and its copies run one after the other.
-    times: dict[str, float] = {}
-    for name, parts in spans.items():
-        for step in {part["name"] for part in parts}:
-            own = [part for part in parts if part["name"] == step]
-            start = min(part["start_us"] for part in own)
-            times[name] = times.get(name, 0.0) + (max(part["start_us"] + part["dur_us"] for part in own) - start) / 1e3
-    return times
+def _native_times(executable: Any, inputs: Sequence[torch.Tensor]) -> tuple[dict[str, float], int]:
+    """Milliseconds by node in one call, copies of its input and output counted as that node's; and how many passes.
+
+    A node takes as long as the thread that is longest busy with it, over all passes of that thread.
+    """
+    _check_native(executable)
+    graph = executable.graph
+    names = {node.name for node in graph.nodes}
+    makers = {name: node.name for node in graph.nodes for name in node.outputs}
+    by_thread: dict[str, dict[int, float]] = {}
+    passes = 1
+    for span in executable.trace(*inputs).spans:
+        own = by_thread.setdefault(_owner(span.name, names, makers), {})
+        own[span.thread] = own.get(span.thread, 0.0) + span.dur_us / 1e3
+        passes = max(passes, 1 + (span.pass_index or 0))
+    return {name: max(own.values()) for name, own in by_thread.items()}, passes
 
 
-def _owner(name: str, names: set[str]) -> str:
+def _owner(name: str, names: set[str], makers: Mapping[str, str]) -> str:
+    """The graph's node that a native one belongs to: by its own name, or by that of the value that it copies."""
+    for prefix in ("out.", "output."):
+        if name not in names and name.removeprefix(prefix) in makers:
+            return makers[name.removeprefix(prefix)]
+    value = name.removesuffix(".halo")
+    if name not in names and value in makers:
+        return makers[value]
     while name not in names and "." in name:
         name = name.rpartition(".")[0]
     return name
@@ -241,13 +336,17 @@ def _dense_times(graph: Any, inputs: Sequence[torch.Tensor]) -> dict[str, float]
     return times
 
 
-def _layer(graph: Any, node: Any, batch: int, ms: float, dense_ms: float) -> LayerTime:
+def _shape(graph: Any, node: Any, batch: int) -> tuple[int, ...]:
+    """Of the node's first output."""
+    return tuple(size if isinstance(size, int) else size.at(batch) for size in graph.values[node.outputs[0]].shape)
+
+
+def _layer(graph: Any, node: Any, batch: int, ms: float, dense_ms: float, passes: int) -> LayerTime:
     work = _work(graph, node, batch)
-    output = graph.values[node.outputs[0]].shape
     return LayerTime(
         name=node.name,
         op=node.attrs["target"] if node.op == "fallback" else node.op,
-        shape=tuple(size if isinstance(size, int) else size.at(batch) for size in output),
+        shape=_shape(graph, node, batch),
         ms=ms,
         dense_ms=dense_ms,
         structure=work.structure,
@@ -255,6 +354,7 @@ def _layer(graph: Any, node: Any, batch: int, ms: float, dense_ms: float) -> Lay
         flops=work.flops,
         dense_flops=work.dense_flops,
         bytes=work.bytes,
+        working_set=work.weight_bytes + (work.bytes - work.weight_bytes) / passes,
     )
 
 
@@ -263,6 +363,7 @@ class _Work:
     flops: float
     dense_flops: float
     bytes: float
+    weight_bytes: float
     structure: str | None
     sparsity: float | None
 
@@ -276,8 +377,8 @@ def _work(graph: Any, node: Any, batch: int) -> _Work:
         return math.prod(size if isinstance(size, int) else size.at(batch) for size in graph.values[name].shape)
 
     flops = float(node_flops(graph, node, batch))
-    traffic = 4.0 * sum(count(name) for name in (*node.inputs, *node.outputs))
-    density, structure, sparsity = 1.0, None, None
+    activations = 4.0 * sum(count(name) for name in (*node.inputs, *node.outputs))
+    density, structure, sparsity, parameters = 1.0, None, None, 0.0
     for role, name in node.params.items():
         constant = graph.constants[name]
         size = constant.numel() * constant.dtype.itemsize
@@ -288,8 +389,8 @@ def _work(graph: Any, node: Any, batch: int) -> _Work:
             if density < 1:
                 packed = PackedWeight.from_dense(constant)
                 structure, size = str(packed.structure), min(size, packed.nbytes)
-        traffic += size
-    return _Work(flops * density, flops, traffic, structure, sparsity)
+        parameters += size
+    return _Work(flops * density, flops, activations + parameters, parameters, structure, sparsity)
 
 
 def _best(function: Callable[[], Any], seconds: float) -> float:

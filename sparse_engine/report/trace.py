@@ -10,7 +10,7 @@ from typing import Any
 from sparse_engine.io import atomic_write_text
 
 
-def trace_events(spans: Sequence[Mapping[str, Any]], title: str) -> dict[str, Any]:
+def trace_events(spans: Sequence[Mapping[str, Any]], title: str, wall_us: float | None = None) -> dict[str, Any]:
     """Spans of a profile in Chrome's trace format.
 
     Example:
@@ -19,8 +19,10 @@ def trace_events(spans: Sequence[Mapping[str, Any]], title: str) -> dict[str, An
         20.0
 
     Args:
-        spans: one per node and thread: name, kind, thread, start_us, dur_us, and where known flops and bytes.
+        spans: one per node and thread: name, kind, thread, start_us, dur_us, and where known band, pass, items, busy_us
+            and the span's own flops and bytes.
         title: what was profiled.
+        wall_us: of the whole call.
 
     Returns:
         Plain JSON. Source: the trace event format of the Chromium project.
@@ -32,12 +34,16 @@ def trace_events(spans: Sequence[Mapping[str, Any]], title: str) -> dict[str, An
         for thread in threads
     ]
     for span in spans:
-        arguments: dict[str, Any] = {}
+        arguments = {key: span[key] for key in ("band", "pass") if span.get(key) is not None}
         for key in ("flops", "bytes"):
             if span.get(key):
-                arguments[key] = span[key]
+                arguments[key] = round(span[key])
                 if span["dur_us"] > 0:
                     arguments["GFLOP/s" if key == "flops" else "GB/s"] = round(span[key] / span["dur_us"] / 1e3, 2)
+        if span.get("items"):
+            arguments["items"] = span["items"]
+        if span.get("busy_us") and span["busy_us"] < span["dur_us"]:
+            arguments["busy_us"] = round(span["busy_us"], 3)
         events.append(
             {
                 "ph": "X",
@@ -50,9 +56,17 @@ def trace_events(spans: Sequence[Mapping[str, Any]], title: str) -> dict[str, An
                 "args": arguments,
             }
         )
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
+    trace: dict[str, Any] = {"traceEvents": events, "displayTimeUnit": "ms"}
+    if wall_us is not None:
+        trace["otherData"] = {"wall_us": wall_us}
+    return trace
 
 
-def write_trace(path: str | os.PathLike[str], spans: Sequence[Mapping[str, Any]], title: str = "sparse_engine") -> None:
+def write_trace(
+    path: str | os.PathLike[str],
+    spans: Sequence[Mapping[str, Any]],
+    title: str = "sparse_engine",
+    wall_us: float | None = None,
+) -> None:
     """Write `trace_events` to a file, atomically."""
-    atomic_write_text(path, json.dumps(trace_events(spans, title)))
+    atomic_write_text(path, json.dumps(trace_events(spans, title, wall_us)))

@@ -195,6 +195,8 @@ def test_bench_writes_a_trace(cli, folder, tmp_path):
     spans = [event for event in events if event["ph"] == "X"]
     assert spans
     assert all(event["dur"] >= 0 and event["ts"] >= 0 and event["name"] for event in spans)
+    lanes = {event["tid"] for event in events if event["name"] == "thread_name"}
+    assert lanes == {event["tid"] for event in spans}
 
 
 def test_report_of_an_executable(cli, tmp_path):

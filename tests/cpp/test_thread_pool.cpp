@@ -4,6 +4,7 @@
 
 #include "check.h"
 #include "core/thread_pool.h"
+#include "core/trace.h"
 
 using namespace sparse_engine;
 
@@ -115,4 +116,79 @@ TEST(more_threads_than_items_and_than_the_pool_allows) {
     });
     CHECK(highest.load() < 3);
     set_num_threads(2);
+}
+
+TEST(a_trace_has_every_item_and_one_span_per_node_and_thread) {
+    set_num_threads(3);
+    const std::string names[] = {"two jobs", "no job", "two jobs again"};
+    CHECK(!trace_position.trace);
+    parallel_for(10, 3, [](int64_t, int) {});  // before the trace: not in it
+    std::vector<Trace::Span> spans;
+    {
+        Trace trace;
+        for (const std::string& name : names) {
+            TracedNode node(name);
+            if (name != "no job")
+                for (int job = 0; job < 2; job++)
+                    parallel_for(40, 3, [](int64_t, int) { std::this_thread::sleep_for(std::chrono::microseconds(50)); });
+        }
+        parallel_for(10, 3, [](int64_t, int) {});  // no node's: not in it
+        spans = trace.spans();
+    }
+    CHECK(!trace_position.trace && !trace_position.node);
+    for (const std::string& name : names) {
+        int64_t items = 0, of_caller = 0;
+        for (const Trace::Span& span : spans) {
+            if (span.name != name) continue;
+            items += span.items, of_caller += span.thread == 0;
+            CHECK(span.start_us >= 0 && span.duration_us >= 0 && span.busy_us >= 0 && span.busy_us <= span.duration_us + 0.01);
+            CHECK(span.band == -1 && span.pass == -1);
+            for (const Trace::Span& other : spans) CHECK(&other == &span || other.name != name || other.thread != span.thread);
+        }
+        CHECK_EQUAL(items, int64_t(name == "no job" ? 0 : 80));
+        CHECK_EQUAL(of_caller, int64_t(1));
+    }
+    for (size_t i = 1; i < spans.size(); i++) CHECK(spans[i - 1].start_us <= spans[i].start_us);
+}
+
+TEST(items_that_run_nodes_are_recorded_on_their_threads) {
+    set_num_threads(3);
+    const std::string name = "node";
+    Trace trace;
+    parallel_for(30, 3, [&](int64_t item, int) {
+        TraceScope scope({trace_position.trace, trace_position.node, -1, item});
+        CHECK(trace_position.begins_nodes());
+        TracedNode node(name);
+        // What a node does inside is its own: no node in it.
+        parallel_for(4, 3, [&](int64_t, int) { CHECK(!trace_position.begins_nodes()); });
+    });
+    bool seen[30] = {};
+    for (const Trace::Span& span : trace.spans()) {
+        CHECK(span.pass >= 0 && span.pass < 30);
+        seen[span.pass] = true;
+    }
+    for (bool one : seen) CHECK(one);
+    CHECK(!trace_position.node);
+}
+
+TEST(calls_traced_side_by_side_do_not_mix) {
+    set_num_threads(3);
+    std::atomic<int64_t> wrong{0};
+    std::vector<std::thread> callers;
+    for (int caller = 0; caller < 3; caller++)
+        callers.emplace_back([&, caller] {
+            const std::string name = std::to_string(caller);
+            for (int round = 0; round < 50; round++) {
+                Trace trace;
+                {
+                    TracedNode node(name);
+                    parallel_for(20 + caller, 3, [](int64_t, int) {});
+                }
+                int64_t items = 0;
+                for (const Trace::Span& span : trace.spans()) items += span.name == name ? span.items : 1000;
+                if (items != 20 + caller) wrong++;
+            }
+        });
+    for (std::thread& caller : callers) caller.join();
+    CHECK_EQUAL(wrong.load(), 0);
 }

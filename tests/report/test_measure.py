@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 import sparse_engine as se
 from sparse_engine.report import environment
-from sparse_engine.report.measure import Ceilings, LayerTime, measure_ceilings, measure_layers, profile_spans
+from sparse_engine.report.measure import Ceilings, LayerTime, measure_ceilings, measure_layers, profile_call
 from sparse_engine.report.trace import trace_events, write_trace
 
 
@@ -20,7 +21,7 @@ def executable():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
     with torch.no_grad():
         model[2].weight.mul_(torch.rand_like(model[2].weight) < 0.25)
-    return se.convert(model, (torch.randn(1, 3, 10, 10),), tune=False)
+    return se.convert(model, (torch.randn(1, 3, 10, 10),), tune=False, threads=1)
 
 
 def test_each_layer_is_timed_both_ways(executable):
@@ -44,12 +45,130 @@ def _weight_of(executable, name):
     return next(node.params["weight"] for node in executable.graph.nodes if node.name == name)
 
 
-def test_spans_follow_one_another(executable):
-    spans = profile_spans(executable, [torch.randn(1, 3, 10, 10)])
-    assert {"name", "kind", "thread", "start_us", "dur_us"} <= spans[0].keys()
-    assert all(span["dur_us"] >= 0 and span["start_us"] >= 0 for span in spans)
-    names = {node.name for node in executable.graph.nodes}
-    assert any(span["name"] in names for span in spans)
+def _two_blocks():
+    """Large enough to be cut in bands, with a halo, a stride, a residual and a tail."""
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 16, 3, stride=2, padding=1)
+            self.second = nn.Conv2d(16, 16, 3, padding=1)
+            self.third = nn.Conv2d(16, 16, 1)
+            self.head = nn.Linear(16, 10)
+
+        def forward(self, x):
+            x = torch.relu(self.first(x))
+            x = torch.relu(self.third(self.second(x)) + x)
+            return self.head(x.mean((2, 3)))
+
+    return Net().eval()
+
+
+@pytest.fixture(scope="module")
+def in_bands():
+    return se.convert(_two_blocks(), (torch.randn(1, 3, 40, 40),), tune=False, threads=2)
+
+
+def _check_spans(executable, batch, profile):
+    spans = profile.spans
+    keys = {"name", "kind", "thread", "band", "pass", "start_us", "dur_us", "busy_us", "items"}
+    assert all(keys <= span.keys() for span in spans)
+    assert all(span["dur_us"] >= span["busy_us"] >= 0 and span["start_us"] >= 0 for span in spans)
+    assert min(span["thread"] for span in spans) == 0
+    # Every node that computes something is there, and its spans together do its work.
+    measured = {layer.name: layer for layer in measure_layers(executable, [torch.randn(*batch)], repeats=1)}
+    names = {span["name"] for span in spans}
+    for node in executable.graph.nodes:
+        if node.op in ("conv2d", "linear"):
+            assert node.name in names
+            own = [span for span in spans if span["name"] == node.name]
+            assert sum(span["flops"] for span in own) == pytest.approx(measured[node.name].flops)
+            assert sum(span["bytes"] for span in own) == pytest.approx(measured[node.name].bytes)
+            assert {span["kind"] for span in own} == {node.op}
+    # A thread does one thing at a time, and all of it within the call.
+    for thread in {span["thread"] for span in spans}:
+        own = [span for span in spans if span["thread"] == thread]
+        for before, after in itertools.pairwise(own):
+            assert before["start_us"] + before["dur_us"] <= after["start_us"] + 1e-3
+        assert sum(span["dur_us"] for span in own) <= profile.wall_us
+    assert max(span["start_us"] + span["dur_us"] for span in spans) <= profile.wall_us
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_spans_of_one_plan_and_of_passes(executable, batch):
+    profile = profile_call(executable, [torch.randn(batch, 3, 10, 10)])
+    _check_spans(executable, (batch, 3, 10, 10), profile)
+    assert {span["band"] for span in profile.spans} == {None}
+
+
+def test_spans_of_bands_and_their_tail(in_bands):
+    profile = profile_call(in_bands, [torch.randn(1, 3, 40, 40)])
+    _check_spans(in_bands, (1, 3, 40, 40), profile)
+    by_kind = {}
+    for span in profile.spans:
+        by_kind.setdefault(span["kind"], []).append(span)
+    for kind in ("conv2d", "halo", "gather"):
+        assert {span["band"] for span in by_kind[kind]} == {0, 1}
+    assert {span["band"] for span in by_kind["linear"]} == {None}
+    names = [node.name for node in in_bands.graph.nodes if node.op == "conv2d"]
+    assert sorted(span["name"] for span in by_kind["conv2d"]) == sorted(2 * names)
+
+
+def test_spans_of_a_batch_in_passes(monkeypatch):
+    monkeypatch.setattr("sparse_engine.convert.lower._share", lambda graph, batch, choices, threads: min(batch, 2))
+    executable = se.convert(_two_blocks(), (torch.randn(1, 3, 40, 40),), tune=False, threads=2)
+    profile = profile_call(executable, [torch.randn(7, 3, 40, 40)])
+    _check_spans(executable, (7, 3, 40, 40), profile)
+    # Three passes of two images, and one image that is left.
+    for node in executable.graph.nodes:
+        if node.op == "conv2d":
+            passes = [span["pass"] for span in profile.spans if span["name"] == node.name]
+            assert {0, 1, 2} <= set(passes)
+            assert passes.count(None) in (1, 2)
+            flops = {span["pass"]: span["flops"] for span in profile.spans if span["name"] == node.name}
+            assert flops[0] == flops[1] == flops[2]
+    # The classifier takes the whole batch at once.
+    assert {span["pass"] for span in profile.spans if span["kind"] == "linear"} == {None}
+
+
+def test_several_threads_show_in_the_trace(in_bands):
+    for _ in range(200):  # whether the second thread gets to work is the system's choice
+        if {span["thread"] for span in profile_call(in_bands, [torch.randn(1, 3, 40, 40)]).spans} > {0}:
+            return
+    pytest.fail("no call showed work of a second thread")
+
+
+def test_a_trace_leaves_results_and_later_calls_alone(in_bands):
+    x = torch.randn(1, 3, 40, 40)
+    outputs = []
+    before = in_bands(x)
+    recorded = se.convert.trace.trace_call(lambda: outputs.append(in_bands(x)))
+    assert recorded.spans
+    assert torch.equal(outputs[0], before)
+    assert torch.equal(in_bands(x), before)
+    # Nothing is recorded but what runs inside.
+    assert se.convert.trace.trace_call(lambda: None).spans == []
+
+
+def test_a_call_that_fails_leaves_no_trace_behind(in_bands):
+    with pytest.raises(se.errors.ShapeError):
+        in_bands.trace(torch.randn(1, 4, 40, 40))
+    assert se.convert.trace.trace_call(lambda: None).spans == []
+
+
+def test_what_torch_runs_in_between_is_one_span():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            return torch.cumsum(self.conv(x), dim=-1)
+
+    executable = se.convert(Net().eval(), (torch.randn(1, 3, 10, 10),), tune=False, threads=1)
+    kinds = [span["kind"] for span in profile_call(executable, [torch.randn(1, 3, 10, 10)]).spans]
+    assert kinds.count("fallback") == 1
 
 
 def test_what_bounds_a_layer():
@@ -68,6 +187,9 @@ def test_ceilings_are_positive():
     assert ceilings.gbytes > 0
     assert ceilings.cache_gbytes > 0
     assert ceilings.peak >= ceilings.gflops
+    before = torch.get_num_threads()
+    assert measure_ceilings(seconds=0.01, threads=1).threads == 1
+    assert torch.get_num_threads() == before
 
 
 def test_a_layer_that_fits_the_cache_is_held_to_the_cache():
@@ -76,6 +198,8 @@ def test_a_layer_that_fits_the_cache_is_held_to_the_cache():
     assert small.bound(ceilings) == ("cache", pytest.approx(0.025))
     large = LayerTime("b", "linear", (1,), 1.0, 1.0, None, None, flops=2e8, dense_flops=2e8, bytes=1e8)
     assert large.bound(ceilings) == ("memory", pytest.approx(10.0))
+    passes = LayerTime("d", "linear", (1,), 1.0, 1.0, None, None, 2e8, 2e8, bytes=1e8, working_set=1e6)
+    assert passes.bound(ceilings) == ("cache", pytest.approx(2.5))
     compute = LayerTime("c", "conv2d", (1,), 1.0, 1.0, None, None, flops=5e7, dense_flops=5e7, bytes=1e6)
     assert compute.bound(ceilings) == ("compute", pytest.approx(0.5))
     assert compute.share_of_peak(ceilings) == pytest.approx(0.5)
@@ -93,6 +217,17 @@ def test_trace_events(tmp_path):
     assert [(event["tid"], event["ts"], event["dur"]) for event in events] == [(0, 1.5, 2.0), (1, 1.0, 0.0)]
     assert events[0]["args"] == {"flops": 4000, "GFLOP/s": 2.0, "bytes": 200, "GB/s": 0.1}
     assert "GFLOP/s" not in events[1]["args"]
+    assert "otherData" not in loaded
+    more = {**spans[0], "band": 1, "pass": 0, "items": 3, "busy_us": 1.5}
+    trace = trace_events([more], "t", wall_us=9.0)
+    assert trace["traceEvents"][-1]["args"] == {
+        **events[0]["args"],
+        "band": 1,
+        "pass": 0,
+        "items": 3,
+        "busy_us": 1.5,
+    }
+    assert trace["otherData"] == {"wall_us": 9.0}
     names = [event["args"]["name"] for event in loaded["traceEvents"] if event["ph"] == "M"]
     assert names == ["title", "thread 0", "thread 1"]
 
