@@ -3,7 +3,7 @@
 The threads of an ordinary plan share every value. Where they sit on cores that do not share a cache, half of what a
 layer reads was written by another core, and two threads are hardly faster than one. Here the image is cut into bands of
 rows, one per thread, and each band is lowered by itself: a plan with an arena of its own. A convolution needs a few
-rows of the neighbouring bands (its *halo*); it copies them once, and only there do the threads wait for each other.
+rows of the neighbouring bands (its *halo*): these lay them out for it, all wait for each other, and it copies them.
 
     part 0   conv1 ─ pool ─ 1×1 ─┐ halo ┌─ 3×3 ─ 1×1 ─ …         ┐
                                  │      │                        ├─ tail: pooling to one value, classifier
@@ -162,7 +162,8 @@ class _PartLowering(_Lowering):
         self.making = ""
         self.halos: dict[str, tuple[int, int]] = {}  # by value: rows of room above and below its own
         self.exchanged: set[str] = set()
-        self.held: list[str] = []
+        self.outboxes: dict[tuple[str, int], _Place] = {}  # rows for another part, by value and part
+        self.held: list[_Place] = []  # what the others read in this stage
         self.marks: list[int] = []  # the step that each stage after the first begins with
         self.others: list[_PartLowering] = []  # all parts, this one included
 
@@ -227,10 +228,6 @@ class _PartLowering(_Lowering):
         lower(replace(node, inputs=[seen, *node.inputs[1:]], attrs=attrs))
         del self.places[seen]
 
-    def _is_done_with(self, name: str) -> bool:
-        # The neighbours may still be copying what was exchanged at the beginning of this stage.
-        return name not in self.held and super()._is_done_with(name)
-
     # -- stages
 
     def emit_steps(self) -> None:
@@ -250,7 +247,7 @@ class _PartLowering(_Lowering):
         self.marks.append(len(self.steps))
         for index, name in enumerate(graph.outputs):
             self.step(lambda plan, index=index, name=name: self._emit_output(plan, index, name), [self.places[name]])
-        self.held = list(graph.outputs)
+        self.held = [self.places[name] for name in graph.outputs]
         self._hold()
         self.arena = self._memory_plan()
 
@@ -265,18 +262,45 @@ class _PartLowering(_Lowering):
         return False
 
     def _begin_stage(self, names: list[str]) -> None:
+        """End the stage, with what the neighbours want of it laid out for them, and begin the next with what they give.
+
+        They could read the value itself. But its lines would then lie in their caches too, and the next one to be
+        written to the same memory would wait for each of them.
+        """
+        outboxes = [box for name in names for box in self._fill_outboxes(name)]
         self._hold()
         self.marks.append(len(self.steps))
         for name in names:
             self.exchanged.add(name)
             self.step(lambda plan, name=name: self._emit_exchange(plan, name), [self.places[name]])
-        self.held = names
+        self.held = outboxes
+
+    def _fill_outboxes(self, name: str) -> list[_Place]:
+        first, last = self.own(name)
+        boxes = []
+        for part, (low, high) in enumerate(self.cut.needs[name]):
+            begin, end = max(low, first), min(high, last)
+            if part == self.part or end <= begin:
+                continue
+            rows = self.rows(name, begin, end)
+            sizes = (1, rows.sizes[1], end - begin, rows.sizes[3])
+            box = _Place(_Storage(math.prod(sizes)), 0, sizes, tuple(_contiguous_strides(sizes)))
+            self.outboxes[name, part] = box
+            self.step(
+                lambda plan, rows=rows, box=box: plan.copy(f"{name}.halo", rows.view(), box.view()), [rows], [box]
+            )
+            boxes.append(box)
+        return boxes
 
     def _hold(self) -> None:
         """Neighbours read a value until the stage ends: its memory must last so long."""
         if self.held:
-            self.step(lambda plan: None, [self.places[name] for name in self.held])
+            self.step(lambda plan: None, self.held)
         self.held = []
+
+    def outbox_row(self, name: str, part: int) -> int:
+        """The first row in the box for another part."""
+        return max(self.cut.needs[name][part][0], self.own(name)[0])
 
     def _emit_exchange(self, plan: Any, name: str) -> None:
         first, last = self.own(name)
@@ -288,9 +312,12 @@ class _PartLowering(_Lowering):
                 begin, end = max(low_row, theirs[0]), min(high_row, theirs[1])
                 if other is self or end <= begin:
                     continue
-                source = other.rows(name, begin, end)
-                _, offset = source.at()
-                view = (arenas + other.part, offset, list(source.sizes), list(source.strides))
+                box = other.outboxes[name, self.part]
+                top = other.outbox_row(name, self.part)
+                sizes = (1, box.sizes[1], end - begin, box.sizes[3])
+                rows = box.with_view(sizes, box.strides, (begin - top) * box.strides[2])
+                _, offset = rows.at()
+                view = (arenas + other.part, offset, list(rows.sizes), list(rows.strides))
                 plan.copy(f"{name}.halo", view, self.rows(name, begin, end).view())
 
     def _emit_output(self, plan: Any, index: int, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import sparse_engine as se
 from sparse_engine.convert import lower, passes
 from sparse_engine.convert.capture import capture
 from sparse_engine.convert.graph import Graph
-from sparse_engine.convert.parts import PartedPlan, compile_parts, find_cut, rows_of, window
+from sparse_engine.convert.parts import PartedPlan, _PartLowering, compile_parts, find_cut, rows_of, window
 
 
 def graph_of(model: nn.Module, x: Tensor) -> Graph:
@@ -171,6 +172,32 @@ def test_an_executable_of_one_image_runs_in_parts_from_several_threads() -> None
     with ThreadPoolExecutor(4) as pool:
         for found in pool.map(lambda _: executable(x), range(40)):
             assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_what_neighbours_still_read_is_not_written(parts: int) -> None:
+    """Rows laid out for the next stage must not lie where a neighbour may still be reading those of this one."""
+    torch.manual_seed(0)
+    graph = graph_of(Residual(), torch.randn(1, 3, 128, 128))
+    cut = find_cut(graph, parts)
+    assert cut is not None
+    body = replace(graph, outputs=cut.passed, nodes=graph.nodes[: cut.nodes])
+    lowerings = [_PartLowering(body, None, cut, part, parts) for part in range(parts)]
+    stages = 0
+    for lowering in lowerings:
+        lowering.others = lowerings
+        lowering.emit_steps()
+        by_stage: dict[int, list[tuple[int, int]]] = {}
+        for box in lowering.outboxes.values():
+            (filled,) = (index for index, step in enumerate(lowering.steps) if any(p is box for p in step.writes))
+            stage = sum(mark <= filled for mark in lowering.marks)
+            by_stage.setdefault(stage, []).append((box.at()[1], box.at()[1] + box.storage.floats))
+        for stage, boxes in by_stage.items():
+            stages += 1
+            for begin, end in boxes:  # read by others in the stage after, while those of the stage after are filled
+                for other_begin, other_end in by_stage.get(stage + 1, []):
+                    assert end <= other_begin or other_end <= begin
+    assert stages >= 2 * parts
 
 
 def test_the_arenas_are_as_small_as_with_one_thread() -> None:
