@@ -139,7 +139,7 @@ SE_INLINE void output_row(const WinogradPanelArgs& a, int row, const float* sums
     // Rows that are whole numbers of tiles follow each other without gaps, and so do the results.
     const bool whole = a.out_width == 4 * a.tiles;
     const int64_t first = 4 * a.column0, last = 4 * a.columns;
-    float lines[4 * kWidth];
+    float lines[4 * kWidth + kLanes];  // `finish` loads whole vectors, which may reach behind the last result
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) {
         Vec y[4], results[4];
