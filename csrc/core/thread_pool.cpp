@@ -1,6 +1,11 @@
 #include "core/thread_pool.h"
 
 #include <sched.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <condition_variable>
@@ -23,6 +28,8 @@ namespace {
 
 // Spinning covers the gap between two nodes of one plan; anything longer parks, so an idle process uses no CPU.
 constexpr int kSpins = 2000;
+// How long a thread is watched before it counts as stopped: about ten microseconds.
+constexpr int kLook = 500;
 
 // Items [begin, end), both in one word so that its owner (from the front) and thieves (from the back) take them without a lock.
 struct alignas(64) Range {
@@ -55,6 +62,7 @@ struct alignas(64) Job {
     TracePosition position;  // of the caller, where its call is traced
     // One range per thread: successive jobs over the same pixels then find them in the same core's cache.
     Range ranges[kMaxThreads];
+    std::atomic<int> threads_at[kMaxThreads] = {};  // the system's number of the thread that works with a slot, 0 where none does
     alignas(64) std::atomic<int64_t> unfinished{0};
     std::atomic<int> next_slot{1};
     int helpers = 0;  // guarded by Pool::mutex_: workers that hold a pointer to this job
@@ -87,6 +95,46 @@ void leave_core(int core) {
     if (sched_setaffinity(0, sizeof others, &others) == 0) sched_setaffinity(0, sizeof all, &all);
 #else
     (void)core;
+#endif
+}
+
+int thread_id() {
+#ifdef __linux__
+    static thread_local const int id = static_cast<int>(syscall(SYS_gettid));
+    return id;
+#else
+    return 0;
+#endif
+}
+
+// Processor time that a thread of this process has used, in nanoseconds; -1 where that is not known.
+int64_t processor_time(int thread) {
+#ifdef __linux__
+    timespec used;
+    const auto clock = static_cast<clockid_t>((~static_cast<unsigned>(thread) << 3) | 6);  // as pthread_getcpuclockid makes it
+    if (thread > 0 && clock_gettime(clock, &used) == 0) return used.tv_sec * int64_t(1000000000) + used.tv_nsec;
+#else
+    (void)thread;
+#endif
+    return -1;
+}
+
+// A thread that this one waits for, or is about to leave alone, may have been stopped: beside a busy neighbour it stands in its core's
+// queue for milliseconds. If it does not run, it comes to this core, which has nothing else to do.
+void fetch_if_stopped(int thread) {
+#ifdef __linux__
+    const int64_t before = processor_time(thread);
+    if (before < 0) return;
+    for (int spin = 0; spin < kLook; spin++) SE_PAUSE();
+    if (processor_time(thread) != before) return;
+    cpu_set_t allowed, here;
+    const int core = sched_getcpu();
+    if (core < 0 || sched_getaffinity(thread, sizeof allowed, &allowed) != 0 || !CPU_ISSET(core, &allowed)) return;
+    CPU_ZERO(&here);
+    CPU_SET(core, &here);
+    if (sched_setaffinity(thread, sizeof here, &here) == 0) sched_setaffinity(thread, sizeof allowed, &allowed);
+#else
+    (void)thread;
 #endif
 }
 
@@ -128,7 +176,7 @@ class Pool {
             while (static_cast<int>(workers_.size()) < threads - 1) start_worker();
             jobs_.push_back(&job);
             version_.fetch_add(1, std::memory_order_release);
-            someone_parked = parked_ > 0;
+            someone_parked = parked_ > 0 && may_help();
         }
         if (someone_parked) {
             if (threads == 2) {
@@ -144,6 +192,8 @@ class Pool {
         }
         // No worker can join any more. Wait for those that did: for their items, and until they have let go of the job.
         for (int spin = 0; spin < kSpins && job.unfinished.load(std::memory_order_acquire) != 0; spin++) SE_PAUSE();
+        for (int slot = 1; slot < threads && job.unfinished.load(std::memory_order_acquire) != 0; slot++)
+            if (int thread = job.threads_at[slot].load(std::memory_order_relaxed)) fetch_if_stopped(thread);
         std::unique_lock lock(mutex_);
         done_.wait(lock, [&] { return job.unfinished.load(std::memory_order_acquire) == 0 && job.helpers == 0; });
         if (job.position.node) [[unlikely]]
@@ -160,7 +210,9 @@ class Pool {
     }
 
     static void drain(Job& job, int slot) {
+        job.threads_at[slot].store(thread_id(), std::memory_order_relaxed);
         const int64_t finished = job.position.trace ? drain_traced(job, slot) : drain_items(job, slot);
+        job.threads_at[slot].store(0, std::memory_order_relaxed);
         if (finished) job.unfinished.fetch_sub(finished, std::memory_order_acq_rel);
     }
 
@@ -200,11 +252,26 @@ class Pool {
         return false;
     }
 
+    // With as many callers at work as there are threads, one more would only take turns with them. With mutex_ held.
+    bool may_help() const { return static_cast<int>(jobs_.size()) < std::max(2, threads()); }
+
     Job* pick() {  // with mutex_ held
         Job* best = nullptr;
+        if (!may_help()) return best;
         for (Job* job : jobs_)
             if (job->helpers < job->max_helpers && has_work(*job) && (!best || job->helpers < best->helpers)) best = job;
         return best;
+    }
+
+    // A caller at work for so long without a new job may have been stopped, while this thread has nothing to do.
+    void fetch_stopped_caller() {
+        int caller = 0;
+        {
+            std::lock_guard lock(mutex_);
+            for (const Job* job : jobs_)
+                if (int thread = job->threads_at[0].load(std::memory_order_relaxed)) caller = thread;
+        }
+        if (caller) fetch_if_stopped(caller);
     }
 
     void work() {
@@ -232,6 +299,7 @@ class Pool {
                 changed = version_.load(std::memory_order_acquire) != seen;
             }
             if (changed) continue;
+            fetch_stopped_caller();
             std::unique_lock lock(mutex_);
             parked_++;
             wake_.wait(lock, [&] { return stop_ || version_.load(std::memory_order_relaxed) != seen; });
