@@ -47,6 +47,17 @@ def test_the_number_is_raised_when_the_interface_changes():
     )
 
 
+def test_a_large_output_takes_the_memory_of_the_last_one():
+    first = native.empty(2100, 1000)
+    where, view = first.data_ptr(), first[1:]
+    del first
+    second = native.empty(2100, 1000)
+    assert second.data_ptr() != where, "a part of it is still in use"
+    del view
+    assert native.empty(2099, 1000).data_ptr() == where
+    assert native.empty(2, 3).shape == (2, 3)
+
+
 @pytest.mark.parametrize("built", [{}, {"interface": native.INTERFACE - 1}, {"interface": native.INTERFACE + 1}])
 def test_a_module_of_another_interface_is_refused(built):
     with pytest.raises(ExtensionError, match=r"_C\.so was built from other sources .*make build"):
