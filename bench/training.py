@@ -159,7 +159,12 @@ def measure_losses(rows: int, classes: int, seconds: float, ceilings: Ceilings) 
             "ours": run(ours),
             "addition": lambda: torch.add(z.detach(), t, out=moved),
         }
-        ms = {call: s["median_ms"] for call, s in results_io.interleaved(calls, seconds=seconds).items()}
+        times = results_io.interleaved(calls, seconds=seconds)
+        for _ in range(4):  # a busy machine: a call that waits for another process tells nothing
+            if all(s["median_ms"] <= 1.4 * s["p10_ms"] for s in times.values()):
+                break
+            times = results_io.interleaved(calls, seconds=seconds)
+        ms = {call: s["median_ms"] for call, s in times.items()}
         size = arrays * 4 * rows * classes
         source, gbytes = ceilings.reading(size)
         limit = size / gbytes / 1e6
@@ -203,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     "Ours: `sparsify_` with example inputs, which leaves layers dense where that is faster.",
                 )
     if "losses" in options.part:
-        ceilings = measure_ceilings()
+        ceilings = measure_ceilings(seconds=0.4 if options.quick else 4.0)
         rows = []
         for shape in LOSS_SHAPES:
             for row in measure_losses(*shape, 0.5 if options.quick else 3.0, ceilings):

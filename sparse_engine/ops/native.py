@@ -35,7 +35,7 @@ __all__ = [
 _PROBES = 64
 
 # Bytes from which memory is used again.
-_LARGE = 8 * 2**20
+_LARGE = 2**19
 
 # What this code expects of the C++ module. Raised here and in csrc/bind/module.cpp together when a name, an argument or
 # a meaning changes there: an old module beside newer Python is then refused instead of failing somewhere.
