@@ -85,6 +85,9 @@ struct DepthwiseArgs {
     float bias, low, high;
     const float* residual;  // like out, or null
     float* out;
+    // Or null: 3×3, the taps of a row next to each other, and a plane before and one after this one. For each group of 16 pixels, whether
+    // all of its pixels have a row above and one below: masks then differ by column only.
+    const uint8_t* inner;
 };
 
 // One row of cross entropy and distillation; see sparse_engine/ops/kd_loss.py for the formulas.

@@ -1,5 +1,6 @@
 // Bringing inputs into tiles (im2col, transposes), the depthwise convolution, and the sampled product of the weight gradient.
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
@@ -87,7 +88,73 @@ SE_INLINE void depthwise_tile(const DepthwiseArgs& a, int64_t pixel) {
     for (int v = 0; v < V; v++) store(a.out + pixel + v * kLanes, at_most(at_least(acc[v], low), high));
 }
 
+#if defined(__AVX512F__)
+SE_INLINE Vec shifted(Vec high, Vec low, Mask mask, std::integral_constant<int, 1>) {
+    return _mm512_castsi512_ps(_mm512_maskz_alignr_epi32(mask, _mm512_castps_si512(high), _mm512_castps_si512(low), 1));
+}
+SE_INLINE Vec shifted(Vec high, Vec low, Mask mask, std::integral_constant<int, 15>) {
+    return _mm512_castsi512_ps(_mm512_maskz_alignr_epi32(mask, _mm512_castps_si512(high), _mm512_castps_si512(low), 15));
+}
+
+// Vectors of pixels that all have neighbours above and below. The three taps of a row come from one load: a load of its own for each
+// would cross a cache line two times of three, and cost twice. Products are added in the same order as above.
+template <int V>
+SE_INLINE void depthwise_inner(const DepthwiseArgs& a, const Vec (&w)[9], Vec low, Vec high, int64_t pixel) {
+    Vec acc[V];
+    Mask left[V], right[V];
+    for (int v = 0; v < V; v++) {
+        acc[v] = splat(a.bias);
+        if (a.residual) acc[v] = add(acc[v], load(a.residual + pixel + v * kLanes));
+        left[v] = mask_of(lanes_of(a.tap_mask + 3 * a.mask_stride, pixel + v * kLanes));
+        right[v] = mask_of(lanes_of(a.tap_mask + 5 * a.mask_stride, pixel + v * kLanes));
+    }
+#pragma GCC unroll 3
+    for (int r = 0; r < 3; r++) {
+        const float* row = a.x + pixel + a.tap_offset[3 * r + 1];
+        Vec before = load(row - kLanes), here = load(row);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) {
+            Vec after = load(row + (v + 1) * kLanes);
+            acc[v] = fma(w[3 * r], shifted(here, before, left[v], std::integral_constant<int, 15>()), acc[v]);
+            acc[v] = fma(w[3 * r + 1], here, acc[v]);
+            acc[v] = fma(w[3 * r + 2], shifted(after, here, right[v], std::integral_constant<int, 1>()), acc[v]);
+            before = here, here = after;
+        }
+    }
+    for (int v = 0; v < V; v++) store(a.out + pixel + v * kLanes, at_most(at_least(acc[v], low), high));
+}
+
+void depthwise_3x3(const DepthwiseArgs& a) {
+    Vec w[9];
+#pragma GCC unroll 9
+    for (int tap = 0; tap < 9; tap++) w[tap] = splat(a.weight[tap]);
+    const Vec low = splat(a.low), high = splat(a.high);
+    int64_t pixel = a.pixel0, end = a.pixel0 + a.pixels;
+    auto inner = [&](int vectors) {
+        for (int v = 0; v < vectors; v++)
+            if (!a.inner[(pixel >> 4) + v]) return false;
+        return pixel + vectors * kLanes <= end;
+    };
+    while (pixel + 2 * kLanes <= end) {
+        if (inner(4)) {
+            depthwise_inner<4>(a, w, low, high, pixel);
+            pixel += 4 * kLanes;
+        } else if (inner(2)) {
+            depthwise_inner<2>(a, w, low, high, pixel);
+            pixel += 2 * kLanes;
+        } else {
+            depthwise_tile<2>(a, pixel);
+            pixel += 2 * kLanes;
+        }
+    }
+    for (; pixel < end; pixel += kLanes) depthwise_tile<1>(a, pixel);
+}
+#endif
+
 void depthwise(const DepthwiseArgs& a) {
+#if defined(__AVX512F__)
+    if (a.inner) return depthwise_3x3(a);
+#endif
     int64_t pixel = a.pixel0, end = a.pixel0 + a.pixels;
     for (; pixel + 6 * kLanes <= end; pixel += 6 * kLanes) depthwise_tile<6>(a, pixel);
     for (; pixel + 2 * kLanes <= end; pixel += 2 * kLanes) depthwise_tile<2>(a, pixel);

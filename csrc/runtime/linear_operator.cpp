@@ -149,6 +149,16 @@ TapTable forward_taps(const ConvGeometry& g, const PhaseLayout& phases) {
             valid_x.push_back({-qx, columns - qx});
         }
     set_masks(table, g.batch, out_h, out_w, valid_y, valid_x);
+    bool rows_of_three = g.kernel_h == 3 && g.kernel_w == 3;
+    for (int64_t tap = 1; tap < table.taps && rows_of_three; tap++)
+        rows_of_three = tap % 3 == 0 || table.offset[static_cast<size_t>(tap)] == table.offset[static_cast<size_t>(tap - 1)] + 1;
+    if (rows_of_three) {
+        table.inner.resize(table.mask_stride);
+        for (size_t i = 0; i < table.mask_stride; i++) {
+            auto mask = [&](size_t tap) { return table.mask[tap * table.mask_stride + i]; };
+            table.inner[i] = (mask(1) & mask(4) & mask(7)) == 0xffff;
+        }
+    }
     return table;
 }
 
@@ -358,6 +368,8 @@ void DepthwiseNode::run(Context& context) const {
             a.low = epilogue.low(), a.high = epilogue.high();
             a.out = to + c * out_stride;
             a.residual = add ? add + c * residual_stride : nullptr;
+            const int64_t source = c / multiplier, sources = channels / multiplier;
+            a.inner = !taps->inner.empty() && source > 0 && source + 1 < sources && x_stride >= 64 ? taps->inner.data() : nullptr;
             k.depthwise(a);
             if (epilogue.needs_pass())
                 k.activate(epilogue.kind, epilogue.p0, epilogue.p1, a.out + first, a.out + first, std::min(chunk, pixels - first));

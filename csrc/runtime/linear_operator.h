@@ -32,6 +32,7 @@ struct TapTable {
     size_t mask_stride = 0;
     std::vector<int32_t> gather;
     size_t gather_stride = 0;
+    std::vector<uint8_t> inner;  // see DepthwiseArgs; empty unless affine, 3×3, the taps of a row next to each other
 };
 
 // A strided or cropped convolution reads its input through phases: for stride 2, four planes of every second pixel, on the output's grid;
