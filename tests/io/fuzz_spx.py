@@ -178,7 +178,8 @@ def _mutate_bytes(content: bytes, choose: random.Random, files: list[bytes]) -> 
         other = choose.choice(files)
         data[at:] = other[choose.randrange(len(other)) :]
     elif kind == 6:
-        data[:8] = choose.choice((0, 1, 2, len(data), len(data) - 8, 2**31, 2**63, 2**64 - 1)).to_bytes(8, "little")
+        behind = max(0, len(data) - 8)
+        data[:8] = choose.choice((0, 1, 2, len(data), behind, 2**31, 2**63, 2**64 - 1)).to_bytes(8, "little")
     else:
         data[at:at] = data[at : at + length]
     return bytes(data)
