@@ -465,9 +465,10 @@ def _record(summary: dict[str, Any]) -> None:
         "fuzz_spx",
         rows=merged("fuzz_spx", [row], ("stage", "first case")),
         claim="Damaged .spx files load, or give one FileFormatError that names the file.",
+        command="python -m tests.io.fuzz_spx --minutes 30 --stage run --first N --record",
         notes="A case follows from its number. A finding is any other exception, a crash, more than "
         f"{SECONDS_PER_CASE} seconds of processor time, or {EXTRA_MEMORY / 2**30:.1f} GiB beyond the idle process. "
-        "Stage run: what loads is called as well.",
+        "Stage run: what loads is called as well. docs/spx.md says what became of findings.",
     )
 
 
