@@ -118,7 +118,7 @@ SE_INLINE void interleave(const Vec* y, Vec* to) {
 SE_INLINE void finish(const float* from, const float* residual, float* out, int64_t n, Vec low, Vec high) {
     for (int64_t i = 0; i < n; i += kLanes) {
         const uint32_t bits = low_bits(std::min<int64_t>(n - i, kLanes));
-        Vec y = load(from + i);
+        Vec y = n - i >= kLanes ? load(from + i) : load_bits(from + i, bits);
         if (residual) y = add(y, load_bits(residual + i, bits));
         y = at_most(at_least(y, low), high);
         if (n - i >= kLanes) {
@@ -139,7 +139,7 @@ SE_INLINE void output_row(const WinogradPanelArgs& a, int row, const float* sums
     // Rows that are whole numbers of tiles follow each other without gaps, and so do the results.
     const bool whole = a.out_width == 4 * a.tiles;
     const int64_t first = 4 * a.column0, last = 4 * a.columns;
-    float lines[4 * kWidth + kLanes];  // `finish` loads whole vectors, which may reach behind the last result
+    float lines[4 * kWidth];
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) {
         Vec y[4], results[4];
