@@ -198,6 +198,8 @@ LINEAR_CASES = [
         for batch in (1, 2, 15, 16, 17, 33)
     ),
     LinearCase("many rows of x", 40, 30, (300,), seed=4),
+    *(LinearCase(f"whole vectors of {n} rows of x", 70, 45, (n,), seed=n) for n in (64, 128, 256)),
+    LinearCase("whole vectors, infinity", 24, 45, (2, 128), special=("infinity",)),
     LinearCase("more columns than a cache tile", 24, 3000, (9,), density=0.05, seed=5),
     LinearCase("no leading dimensions", 37, 53, ()),
     LinearCase("four leading dimensions", 9, 11, (2, 1, 3, 2)),
@@ -268,6 +270,33 @@ CONV_CASES = [
     ConvCase("batch 1", 8, 6, (3, 3), (9, 9), batch=1, padding=1),
     ConvCase("batch 16", 8, 6, (3, 3), (5, 5), batch=16, padding=1),
     ConvCase("batch 17", 8, 6, (3, 3), (5, 5), batch=17, padding=1),
+    # Batches that fill vectors with images: every geometry again, sizes below, at and above whole vectors of pixels.
+    *(
+        ConvCase(f"batch {batch}, {name}", 20, 6, kernel, size, batch=batch, **geometry)
+        for batch, name, kernel, size, geometry in (
+            (16, "rows of whole vectors", (3, 3), (9, 16), {"padding": 1}),
+            (18, "4 x 4", (3, 3), (4, 4), {"padding": 1}),
+            (33, "2 x 2", (3, 3), (2, 2), {"padding": 1}),
+            (17, "7 x 7", (3, 3), (7, 7), {"padding": 1, "bias": False}),
+            (17, "tall", (3, 3), (21, 18), {"padding": 1}),
+            (35, "stride 2", (3, 3), (10, 9), {"padding": 1, "stride": 2}),
+            (20, "1x1 stride 2", (1, 1), (8, 8), {"stride": 2}),
+            (20, "stride 3, dilation 2", (3, 2), (11, 13), {"padding": 2, "stride": 3, "dilation": 2}),
+            (20, "stride 2, dilation 3", (3, 3), (12, 12), {"padding": 3, "stride": 2, "dilation": 3}),
+            (20, "stride larger than the kernel", (2, 2), (14, 15), {"stride": 5}),
+            (20, "padding larger than the kernel", (3, 3), (4, 4), {"padding": 5}),
+            (20, "padding asymmetric, stride 2", (3, 3), (9, 10), {"padding": (0, 0, 1, 1), "stride": 2}),
+            (20, "infinity", (3, 3), (9, 9), {"padding": 1, "special": ("infinity",)}),
+            (20, "empty rows", (3, 3), (5, 5), {"padding": 1, "special": ("empty rows",)}),
+        )
+    ),
+    *(
+        ConvCase(f"batch 20, x {layout}", 20, 6, (3, 3), (6, 7), batch=20, padding=1, layout=layout)
+        for layout in ("channels last", "every second element", "expanded")
+    ),
+    ConvCase("batch 20, groups", 24, 12, (3, 3), (9, 9), batch=20, padding=1, groups=3),
+    ConvCase("batch 20, depthwise stride 2", 17, 17, (3, 3), (9, 9), batch=20, padding=1, stride=2, groups=17),
+    ConvCase("batch 20, many channels", 150, 70, (3, 3), (4, 4), batch=20, padding=1, density=0.1),
     ConvCase("one pixel", 8, 6, (1, 1), (1, 1)),
     ConvCase("one pixel from nine", 8, 6, (3, 3), (3, 3)),
     ConvCase("one column", 8, 6, (3, 1), (9, 1)),

@@ -228,7 +228,7 @@ KDBatch kd_batch(uintptr_t logits, int64_t pitch, int64_t rows, int64_t classes,
 }  // namespace
 
 // Raised together with INTERFACE in sparse_engine/ops/native.py when a name, an argument or a meaning below changes.
-constexpr int kInterface = 5;
+constexpr int kInterface = 6;
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The C++ core of sparse_engine.";
@@ -335,24 +335,29 @@ PYBIND11_MODULE(_C, m) {
              py::arg("row_ptr"), py::arg("cols"), py::arg("geometry"))
         .def(
             "set_values", [](ConvLayer& l, uintptr_t p, int64_t n) { l.set_values(address(p), n); }, Release())
+        // channels_last: of the first images, of the second ones. All three answer whether they could take them as they are.
         .def(
             "forward",
-            [](ConvLayer& l, uintptr_t x, int64_t n, int64_t h, int64_t w, uintptr_t y, uintptr_t bias) {
-                l.forward(address(x), n, h, w, address(y), address(bias));
+            [](ConvLayer& l, uintptr_t x, int64_t n, int64_t h, int64_t w, uintptr_t y, uintptr_t bias, bool x_last, bool y_last) {
+                return l.forward({address(x), x_last}, n, h, w, {address(y), y_last}, address(bias));
             },
-            py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("y"), py::arg("bias") = 0, Release())
+            py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("y"), py::arg("bias") = 0, py::arg("x_last") = false,
+            py::arg("y_last") = false, Release())
         .def(
             "input_grad",
-            [](ConvLayer& l, uintptr_t dy, int64_t n, int64_t h, int64_t w, uintptr_t dx) {
-                return l.input_grad(address(dy), n, h, w, address(dx));
+            [](ConvLayer& l, uintptr_t dy, int64_t n, int64_t h, int64_t w, uintptr_t dx, bool dy_last, bool dx_last) {
+                return l.input_grad({address(dy), dy_last}, n, h, w, {address(dx), dx_last});
             },
-            Release())
+            py::arg("dy"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("dx"), py::arg("dy_last") = false,
+            py::arg("dx_last") = false, Release())
         .def(
             "weight_grad",
-            [](ConvLayer& l, uintptr_t dy, uintptr_t x, int64_t n, int64_t h, int64_t w, uintptr_t dv) {
-                l.weight_grad(address(dy), address(x), n, h, w, address(dv));
+            [](ConvLayer& l, uintptr_t dy, uintptr_t x, int64_t n, int64_t h, int64_t w, uintptr_t dv, bool dy_last, bool x_last) {
+                return l.weight_grad({address(dy), dy_last}, {address(x), x_last}, n, h, w, address(dv));
             },
-            Release())
+            py::arg("dy"), py::arg("x"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("dvalues"), py::arg("dy_last") = false,
+            py::arg("x_last") = false, Release())
+        .def_property_readonly_static("batch_lanes", [](const py::object&) { return kernels().lanes; })
         .def_property_readonly("nbytes", &ConvLayer::nbytes)
         .def_property_readonly("nnz", &ConvLayer::nnz);
 

@@ -49,7 +49,15 @@ void SparseOperator::set_values(const float* values, int64_t count) {
     if (count != nnz()) throw std::invalid_argument("expected " + std::to_string(nnz()) + " values, got " + std::to_string(count));
     std::lock_guard lock(mutex_);
     std::copy(values, values + count, values_->begin());
+    uint32_t largest = 0;  // as an integer, an infinity or NaN is larger than every finite magnitude
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t bits;
+        std::memcpy(&bits, values + i, sizeof bits);
+        largest = std::max(largest, bits & 0x7fffffffu);
+    }
+    finite_ = largest < 0x7f800000u;
     forward_stale_ = transposed_stale_ = lookup_stale_ = true;
+    for (auto& [key, batched] : batched_) batched.stale = true;
 }
 
 int64_t SparseOperator::nbytes() const {
@@ -57,6 +65,7 @@ int64_t SparseOperator::nbytes() const {
     if (forward_) bytes += forward_->nbytes() + nnz() * 4;
     if (transposed_) bytes += transposed_->nbytes() + nnz() * 12;
     if (lookup_) bytes += lookup_->nbytes() + nnz() * 4;
+    for (const auto& [key, batched] : batched_) bytes += batched.conv->nbytes();
     return bytes;
 }
 
@@ -121,21 +130,47 @@ std::shared_ptr<const PanelMatrix> SparseOperator::transposed_matrix() {
     }
     if (transposed_stale_) {
         std::vector<float> ordered(nnz());
-        uint32_t largest = 0;  // as an integer, an infinity or NaN is larger than every finite magnitude
-        for (int64_t i = 0; i < nnz(); i++) {
-            uint32_t bits;
-            ordered[i] = (*values_)[transposed_order_[i]];
-            std::memcpy(&bits, &ordered[i], sizeof bits);
-            largest = std::max(largest, bits & 0x7fffffffu);
-        }
-        finite_ = largest < 0x7f800000u;
+        for (int64_t i = 0; i < nnz(); i++) ordered[i] = (*values_)[transposed_order_[i]];
         transposed_->set_values(ordered.data());
         transposed_stale_ = false;
     }
     return transposed_;
 }
 
+std::shared_ptr<const BatchConv> SparseOperator::batched(bool backward, const ConvGeometry& geometry, bool fresh) {
+    std::lock_guard lock(mutex_);
+    std::tuple key{backward, geometry.height, geometry.width};
+    if (!batched_.count(key)) make_room(batched_);
+    Batched& found = batched_[key];
+    if (!found.conv) found.conv = std::make_shared<BatchConv>(geometry, backward, rows, *row_ptr_, *col_);
+    if (!found.conv->possible()) return nullptr;
+    if (fresh && found.stale) found.conv->set_values(values_->data()), found.stale = false;
+    return found.conv;
+}
+
 // ---------------------------------------------------------------------------------------------------------------- linear
+
+namespace {
+
+// A second thread costs more than it brings below so many products: some ten microseconds of work.
+constexpr int64_t kWorthAThread = int64_t(1) << 20;
+
+int threads_for(int64_t nnz, int64_t n) { return nnz * n < kWorthAThread ? 1 : num_threads(); }
+
+}  // namespace
+
+std::shared_ptr<const BatchConv> LinearLayer::batch(bool backward, int64_t ld_in, int64_t ld_out, int64_t n, bool fresh, int64_t* width) {
+    const int64_t lanes = kernels().lanes;
+    if (ld_in != cols || ld_out != rows) return nullptr;
+    for (int64_t pixels : {8, 4}) {
+        // Two groups of images at least, so that two threads share them.
+        if (n % (pixels * lanes) || n < 2 * pixels * lanes) continue;
+        ConvGeometry g;
+        g.channels = cols, g.width = *width = pixels;
+        return batched(backward, g, fresh);
+    }
+    return nullptr;
+}
 
 std::shared_ptr<Plan> LinearLayer::plan(const Key& key) {
     auto [what, n, ld_in, ld_out, has_bias] = key;
@@ -184,6 +219,8 @@ std::shared_ptr<Plan> LinearLayer::plan(const Key& key) {
 
 void LinearLayer::forward(const float* x, int64_t ldx, int64_t n, float* y, int64_t ldy, const float* bias) {
     if (n == 0) return;
+    int64_t width;
+    if (auto fast = batch(false, ldx, ldy, n, true, &width)) return fast->run({x, true}, n / width, {y, true}, bias, threads_for(nnz(), n));
     auto p = plan({0, n, ldx, ldy, bias != nullptr});
     // Brings new values in. A single row that is too large for the lookup reads the values as they are.
     if (!(n <= kFewVectors && lookup_matrix()) && n > 1) SparseOperator::forward_matrix();
@@ -193,6 +230,9 @@ void LinearLayer::forward(const float* x, int64_t ldx, int64_t n, float* y, int6
 
 void LinearLayer::input_grad(const float* dy, int64_t lddy, int64_t n, float* dx, int64_t lddx) {
     if (n == 0) return;
+    int64_t width;
+    if (auto fast = batch(true, lddx, lddy, n, true, &width))
+        return fast->run({dy, true}, n / width, {dx, true}, nullptr, threads_for(nnz(), n));
     auto p = plan({1, n, lddy, lddx, false});
     transposed_matrix();
     float* pointers[] = {const_cast<float*>(dy), dx, nullptr};
@@ -200,6 +240,9 @@ void LinearLayer::input_grad(const float* dy, int64_t lddy, int64_t n, float* dx
 }
 
 void LinearLayer::weight_grad(const float* dy, int64_t lddy, const float* x, int64_t ldx, int64_t n, float* dvalues) {
+    int64_t width;
+    if (auto fast = n > 0 ? batch(false, ldx, lddy, n, false, &width) : nullptr)
+        return fast->weight_grad({dy, true}, {x, true}, n / width, dvalues, threads_for(nnz(), n));
     auto p = plan({2, n, ldx, lddy, false});
     float* pointers[] = {const_cast<float*>(dy), const_cast<float*>(x), dvalues};
     p->run(pointers, 0);
@@ -356,32 +399,55 @@ std::shared_ptr<Plan> ConvLayer::plan(const Key& key) {
     return plan;
 }
 
-void ConvLayer::forward(const float* x, int64_t n, int64_t h, int64_t w, float* y, const float* bias) {
-    if (n == 0) return;
-    auto p = plan({0, n, h, w, bias != nullptr});
-    SparseOperator::forward_matrix();
-    float* pointers[] = {const_cast<float*>(x), y, const_cast<float*>(bias)};
-    p->run(pointers, 0);
+std::shared_ptr<const BatchConv> ConvLayer::batch_conv(bool backward, int64_t n, int64_t h, int64_t w, bool fresh) {
+    // Not with infinities, which it would multiply with the zeros of the padding.
+    if (n < kernels().lanes || (fresh && !finite_)) return nullptr;
+    return batched(backward, sized(n, h, w), fresh);
 }
 
-bool ConvLayer::input_grad(const float* dy, int64_t n, int64_t h, int64_t w, float* dx) {
+bool ConvLayer::forward(Input x, int64_t n, int64_t h, int64_t w, Output y, const float* bias) {
     if (n == 0) return true;
-    auto p = plan({1, n, h, w, false});
-    transposed_matrix();
-    if (!finite_ && !geometry_.pointwise()) return false;
-    float* pointers[] = {const_cast<float*>(dy), dx, nullptr};
+    if (auto conv = batch_conv(false, n, h, w, true)) {
+        conv->run(x, n, y, bias, num_threads());
+        return true;
+    }
+    if (x.channels_last || y.channels_last) return false;
+    auto p = plan({0, n, h, w, bias != nullptr});
+    SparseOperator::forward_matrix();
+    float* pointers[] = {const_cast<float*>(x.data), y.data, const_cast<float*>(bias)};
     p->run(pointers, 0);
     return true;
 }
 
-void ConvLayer::weight_grad(const float* dy, const float* x, int64_t n, int64_t h, int64_t w, float* dvalues) {
+bool ConvLayer::input_grad(Input dy, int64_t n, int64_t h, int64_t w, Output dx) {
+    if (n == 0) return true;
+    if (!finite_ && !geometry_.pointwise()) return false;
+    if (auto conv = batch_conv(true, n, h, w, true)) {
+        conv->run(dy, n, dx, nullptr, num_threads());
+        return true;
+    }
+    if (dy.channels_last || dx.channels_last) return false;
+    auto p = plan({1, n, h, w, false});
+    transposed_matrix();
+    float* pointers[] = {const_cast<float*>(dy.data), dx.data, nullptr};
+    p->run(pointers, 0);
+    return true;
+}
+
+bool ConvLayer::weight_grad(Input dy, Input x, int64_t n, int64_t h, int64_t w, float* dvalues) {
     if (n == 0) {
         std::fill(dvalues, dvalues + nnz(), 0.0f);
-        return;
+        return true;
     }
+    if (auto conv = batch_conv(false, n, h, w, false)) {
+        conv->weight_grad(dy, x, n, dvalues, num_threads());
+        return true;
+    }
+    if (dy.channels_last || x.channels_last) return false;
     auto p = plan({2, n, h, w, false});
-    float* pointers[] = {const_cast<float*>(dy), const_cast<float*>(x), dvalues};
+    float* pointers[] = {const_cast<float*>(dy.data), const_cast<float*>(x.data), dvalues};
     p->run(pointers, 0);
+    return true;
 }
 
 }  // namespace sparse_engine

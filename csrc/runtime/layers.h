@@ -9,6 +9,7 @@
 
 #include "pack/panel_matrix.h"
 #include "pack/vector_matrix.h"
+#include "runtime/batch_conv.h"
 #include "runtime/linear_operator.h"
 #include "runtime/plan.h"
 
@@ -34,6 +35,14 @@ class SparseOperator {
     virtual std::pair<int64_t, int64_t> transposed_place(int64_t row, int64_t column) const { return {column, row}; }
     virtual ~SparseOperator() = default;
 
+    // The kernels for batches that fill vectors, built once per geometry. Null where they cannot be used. `fresh`: with the present values.
+    std::shared_ptr<const BatchConv> batched(bool backward, const ConvGeometry& geometry, bool fresh);
+
+    struct Batched {
+        std::shared_ptr<BatchConv> conv;
+        bool stale = true;
+    };
+    std::map<std::tuple<bool, int64_t, int64_t>, Batched> batched_;  // direction, height, width
     std::shared_ptr<std::vector<int64_t>> row_ptr_;
     std::shared_ptr<std::vector<int32_t>> col_;
     std::shared_ptr<std::vector<float>> values_;
@@ -42,7 +51,7 @@ class SparseOperator {
     bool lookup_too_large_ = false;
     std::vector<int64_t> transposed_order_;
     bool forward_stale_ = true, transposed_stale_ = true, lookup_stale_ = true;
-    bool finite_ = true;  // the values in the transposed matrix
+    bool finite_ = true;  // all values
     std::mutex mutex_;
 };
 
@@ -57,6 +66,8 @@ class LinearLayer : public SparseOperator {
   private:
     using Key = std::tuple<int, int64_t, int64_t, int64_t, bool>;
     std::shared_ptr<Plan> plan(const Key& key);
+    // Rows of x taken as images of `*width` pixels each, channels last; null where their number does not fill vectors.
+    std::shared_ptr<const BatchConv> batch(bool backward, int64_t ld_in, int64_t ld_out, int64_t n, bool fresh, int64_t* width);
     std::map<Key, std::shared_ptr<Plan>> plans_;
 };
 
@@ -64,10 +75,14 @@ class ConvLayer : public SparseOperator {
   public:
     // col: columns of weight.reshape(M, -1), that is within the row's group.
     ConvLayer(std::vector<int64_t> row_ptr, std::vector<int32_t> col, int64_t out_channels, int64_t groups, const ConvGeometry& geometry);
-    void forward(const float* x, int64_t n, int64_t h, int64_t w, float* y, const float* bias);
-    // False, with dx untouched, where the weight holds an infinity or NaN and the kernel would multiply it with the zeros around dy.
-    bool input_grad(const float* dy, int64_t n, int64_t h, int64_t w, float* dx);
-    void weight_grad(const float* dy, const float* x, int64_t n, int64_t h, int64_t w, float* dvalues);
+    // Images are [n][channel][h][w], or [n][h][w][channel] where channels_last. False, with nothing written, where they cannot be taken
+    // like that, as in a batch too small to fill vectors.
+    using Input = BatchConv::Images<const float>;
+    using Output = BatchConv::Images<float>;
+    bool forward(Input x, int64_t n, int64_t h, int64_t w, Output y, const float* bias);
+    // Also false, with dx untouched, where the weight holds an infinity or NaN and the kernel would multiply it with the zeros around dy.
+    bool input_grad(Input dy, int64_t n, int64_t h, int64_t w, Output dx);
+    bool weight_grad(Input dy, Input x, int64_t n, int64_t h, int64_t w, float* dvalues);
 
   protected:
     std::pair<int64_t, int64_t> transposed_place(int64_t row, int64_t column) const override {
@@ -79,6 +94,8 @@ class ConvLayer : public SparseOperator {
     using Key = std::tuple<int, int64_t, int64_t, int64_t, bool>;
     std::shared_ptr<Plan> plan(const Key& key);
     ConvGeometry sized(int64_t n, int64_t h, int64_t w) const;
+    // For a batch that fills vectors; null where that does not fit. `fresh`: with the present values.
+    std::shared_ptr<const BatchConv> batch_conv(bool backward, int64_t n, int64_t h, int64_t w, bool fresh);
     ConvGeometry geometry_;
     std::map<Key, std::shared_ptr<Plan>> plans_;
 };

@@ -15,6 +15,7 @@ from sparse_engine.ops import native
 from sparse_engine.ops.pattern import Pattern
 from sparse_engine.ops.sparse_conv2d import EagerConv2d, output_size, resolve_padding, sparse_conv2d
 from sparse_engine.ops.sparse_conv2d import forward_into as conv2d_into
+from sparse_engine.ops.sparse_conv2d import memory_format as conv2d_memory_format
 from sparse_engine.ops.sparse_conv2d import product as conv2d_product
 from sparse_engine.ops.sparse_linear import EagerLinear, sparse_linear
 from sparse_engine.ops.sparse_linear import forward_into as linear_into
@@ -469,7 +470,8 @@ class SparseConv2d(SparseLayer):
                 if product is not None and size[0] > 0 and size[1] > 0:
                     if native.wants_gradient(x, values, bias):
                         return EagerConv2d.apply(x, values, bias, self._pattern, product, size, self._geometry)
-                    y = torch.empty((x.shape[0], self.out_channels, *size), dtype=float32)
+                    order = conv2d_memory_format(x, product)
+                    y = torch.empty((x.shape[0], self.out_channels, *size), dtype=float32, memory_format=order)
                     conv2d_into(y, product, x, values, bias)
                     return y
         return sparse_conv2d(

@@ -382,14 +382,35 @@ def forward_into(
     bias: torch.Tensor | None,
     force: bool = False,
 ) -> None:
-    """Run the C++ forward convolution into a contiguous output (N, M, H', W')."""
-    planes = x.contiguous()
+    """Run the C++ forward convolution into an output (N, M, H', W'), contiguous or channels-last."""
     bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
     with native_conv.lock:
         native_conv.load(values, force)
-        native_conv.handle.forward(
-            planes.data_ptr(), *_batch(planes), y.data_ptr(), 0 if bias is None else bias.data_ptr()
-        )
+        planes = _plain_or_last(x)
+        x_last, y_last = _is_last(planes), _is_last(y)
+        arguments = (y.data_ptr(), 0 if bias is None else bias.data_ptr())
+        if native_conv.handle.forward(planes.data_ptr(), *_batch(planes), *arguments, x_last, y_last):
+            return
+        # A batch too small for the kernels that take both memory orders.
+        planes, out = planes.contiguous(), y.contiguous()
+        native_conv.handle.forward(planes.data_ptr(), *_batch(planes), out.data_ptr(), arguments[1])
+    if out is not y:
+        y.copy_(out)
+
+
+def _is_last(x: torch.Tensor) -> bool:
+    """Say whether images lie in memory with their channels next to each other, and not also the usual way."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _plain_or_last(x: torch.Tensor) -> torch.Tensor:
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
+def memory_format(x: torch.Tensor, native_conv: native.NativeProduct) -> torch.memory_format:
+    """Return the memory order of what is computed from x: its own where the kernels write it directly."""
+    last = _is_last(x) and x.shape[0] >= native_conv.handle.batch_lanes
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _batch(x: torch.Tensor) -> tuple[int, int, int]:
@@ -410,17 +431,26 @@ def _cpu_input_grad(grad, values, input_size, row_ptr, cols, weight_shape, strid
 
 
 def _native_input_grad(
-    grad: torch.Tensor, values: torch.Tensor, native_conv: native.NativeProduct, size: tuple[int, ...]
+    grad: torch.Tensor,
+    values: torch.Tensor,
+    native_conv: native.NativeProduct,
+    size: tuple[int, ...],
+    order: torch.memory_format = torch.contiguous_format,
 ) -> torch.Tensor | None:
     """The input gradient; None where a weight is infinite or NaN, which the kernel would multiply with the zeros that
     it reads around the upstream gradient: a border that stays finite in a dense layer would become NaN.
     """
-    dx = torch.empty(size, dtype=torch.float32)
-    planes = grad.contiguous()
+    dx = torch.empty(size, dtype=torch.float32, memory_format=order)
+    planes = _plain_or_last(grad)
     with native_conv.lock:
         native_conv.load(values)
-        done = native_conv.handle.input_grad(planes.data_ptr(), *_batch(dx), dx.data_ptr())
-    return dx if done else None
+        call = native_conv.handle.input_grad
+        if call(planes.data_ptr(), *_batch(dx), dx.data_ptr(), _is_last(planes), _is_last(dx)):
+            return dx
+        if not _is_last(planes) and not _is_last(dx):
+            return None
+        planes, dx = planes.contiguous(), torch.empty(size, dtype=torch.float32)
+        return dx if call(planes.data_ptr(), *_batch(dx), dx.data_ptr()) else None
 
 
 @registry.register("sparse_conv2d_weight_grad", "cpu", why_not=_why_not_cpu_weight_grad)
@@ -435,10 +465,14 @@ def _cpu_weight_grad(grad, x, row_ptr, cols, weight_shape, stride, padding, dila
 def _native_weight_grad(
     grad: torch.Tensor, x: torch.Tensor, native_conv: native.NativeProduct, count: int
 ) -> torch.Tensor:
-    dy, planes = grad.contiguous(), x.contiguous()
+    dy, planes = _plain_or_last(grad), _plain_or_last(x)
     entries = torch.empty(native_conv.handle.nnz, dtype=torch.float32)
     with native_conv.lock:
-        native_conv.handle.weight_grad(dy.data_ptr(), planes.data_ptr(), *_batch(planes), entries.data_ptr())
+        call = native_conv.handle.weight_grad
+        batch = _batch(planes)
+        if not call(dy.data_ptr(), planes.data_ptr(), *batch, entries.data_ptr(), _is_last(dy), _is_last(planes)):
+            dy, planes = dy.contiguous(), planes.contiguous()
+            call(dy.data_ptr(), planes.data_ptr(), *batch, entries.data_ptr())
     return native_conv.entries_to_values(entries, count)
 
 
@@ -447,7 +481,8 @@ class EagerConv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, values, bias, pattern, native_conv, size, geometry):
-        y = torch.empty((x.shape[0], pattern.rows, *size), dtype=torch.float32)
+        order = memory_format(x, native_conv)
+        y = torch.empty((x.shape[0], pattern.rows, *size), dtype=torch.float32, memory_format=order)
         forward_into(y, native_conv, x, values, bias, force=True)
         ctx.save_for_backward(x, values)
         ctx.pattern, ctx.native_conv, ctx.geometry = pattern, native_conv, geometry
@@ -465,7 +500,8 @@ class EagerConv2d(torch.autograd.Function):
             dx = op.sparse_conv2d_input_grad(grad, values, size, *rest) if wants_x else None
             dvalues = op.sparse_conv2d_weight_grad(grad, x, *rest) if wants_values else None
         else:
-            dx = _native_input_grad(grad, values, native_conv, x.shape) if wants_x else None
+            order = memory_format(x, native_conv)
+            dx = _native_input_grad(grad, values, native_conv, x.shape, order) if wants_x else None
             if dx is None and wants_x:
                 size = (x.shape[2], x.shape[3])
                 dx = reference_input_grad(grad, values, size, pattern.row_ptr, pattern.cols, *ctx.geometry)

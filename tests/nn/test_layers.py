@@ -616,3 +616,32 @@ def test_two_gloo_ranks_train_like_one_process(tmp_path):
     results = torch.full((2,), float("nan")).share_memory_()
     torch.multiprocessing.spawn(_ddp_worker, (f"file://{tmp_path}/rendezvous", results), nprocs=2)
     assert results.max() < 1e-5
+
+
+@pytest.mark.parametrize("batch", [3, 21])
+@pytest.mark.parametrize("gradient_order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("arguments", CONVOLUTIONS[:5])
+def test_channels_last_images(arguments, gradient_order, batch):
+    """A batch that fills vectors is computed in the memory order it comes in, as PyTorch's own layers do."""
+    torch.manual_seed(4)
+    dense, sparse = convolution(**arguments)
+    x = torch.randn(batch, 8, 6, 9).to(memory_format=torch.channels_last).requires_grad_()
+    y = sparse(x)
+    if batch >= 16:
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert sparse.eval()(x.detach()).is_contiguous(memory_format=torch.channels_last)
+        sparse.train()
+    upstream = torch.randn(y.shape).to(memory_format=gradient_order)
+    y.backward(upstream)
+
+    exact = copy.deepcopy(dense).double()
+    exact.bias = None if dense.bias is None else nn.Parameter(dense.bias.detach().double())
+    exact_x = x.detach().double().requires_grad_()
+    exact_y = exact(exact_x)
+    exact_y.backward(upstream.double())
+    assert_close_to_fp64(y, exact_y)
+    assert_close_to_fp64(x.grad, exact_x.grad)
+    wanted = sparse._template.gather(exact.weight.grad)
+    assert_close_to_fp64(sparse.values.grad, wanted)
+    if sparse.bias is not None:
+        assert_close_to_fp64(sparse.bias.grad, exact.bias.grad)
