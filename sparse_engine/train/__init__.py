@@ -12,6 +12,7 @@ from . import diagnostics, models
 from .data import ArrayData, as_array_data, load_data
 from .evaluate import accuracy, outputs
 from .loop import Mechanism, Phase, fit
+from .memory import keep_freed_memory
 from .models import build
 from .post import PostPruning
 from .recipe import Recipe, load_recipe, parse_setting, recipe_names
@@ -31,6 +32,7 @@ __all__ = [
     "build",
     "diagnostics",
     "fit",
+    "keep_freed_memory",
     "load_data",
     "load_recipe",
     "models",
