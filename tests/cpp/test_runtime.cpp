@@ -88,12 +88,33 @@ void check_convolution(const Convolution& conv, int64_t batch, double density) {
             dv.push_back(dw[static_cast<size_t>(row * cols + w.col[static_cast<size_t>(e)])]);
 
     std::vector<float> got_y(out, kPoison), got_dx(in, kPoison), got_dv(dv.size(), kPoison);
-    layer.forward(x.data(), batch, g.height, g.width, got_y.data(), bias.data());
-    CHECK(layer.input_grad(dy.data(), batch, g.height, g.width, got_dx.data()));
-    layer.weight_grad(dy.data(), x.data(), batch, g.height, g.width, got_dv.data());
+    CHECK(layer.forward({x.data()}, batch, g.height, g.width, {got_y.data()}, bias.data()));
+    CHECK(layer.input_grad({dy.data()}, batch, g.height, g.width, {got_dx.data()}));
+    CHECK(layer.weight_grad({dy.data()}, {x.data()}, batch, g.height, g.width, got_dv.data()));
     std::ostringstream what;
     what << g.channels << " -> " << conv.out_channels << " channels, " << g.kernel_h << "x" << g.kernel_w << ", stride " << g.stride_h
          << ", batch " << batch;
+    // The same with channels last, where such a batch can be taken like that.
+    auto channels_last = [&](const std::vector<float>& planes, int64_t channels) {
+        std::vector<float> turned(planes.size());
+        int64_t pixels = static_cast<int64_t>(planes.size()) / std::max<int64_t>(1, batch * channels);
+        for (int64_t n = 0; n < batch; n++)
+            for (int64_t c = 0; c < channels; c++)
+                for (int64_t p = 0; p < pixels; p++)
+                    turned[static_cast<size_t>((n * pixels + p) * channels + c)] =
+                        planes[static_cast<size_t>((n * channels + c) * pixels + p)];
+        return turned;
+    };
+    std::vector<float> x_last = channels_last(x, g.channels), dy_last = channels_last(dy, conv.out_channels);
+    std::vector<float> y_last(out, kPoison), dx_last(in, kPoison), dv_last(dv.size(), kPoison);
+    if (layer.forward({x_last.data(), true}, batch, g.height, g.width, {y_last.data(), true}, bias.data()) &&
+        y_last != channels_last(got_y, conv.out_channels))
+        check::fail(__FILE__, __LINE__, "output with channels last of " + what.str());
+    if (layer.input_grad({dy_last.data(), true}, batch, g.height, g.width, {dx_last.data(), true}) &&
+        dx_last != channels_last(got_dx, g.channels))
+        check::fail(__FILE__, __LINE__, "input gradient with channels last of " + what.str());
+    if (layer.weight_grad({dy_last.data(), true}, {x_last.data(), true}, batch, g.height, g.width, dv_last.data()) && dv_last != got_dv)
+        check::fail(__FILE__, __LINE__, "weight gradient with channels last of " + what.str());
     if (!(relative_error(got_y.data(), y.data(), out) <= kBound)) check::fail(__FILE__, __LINE__, "output of " + what.str());
     if (!(relative_error(got_dx.data(), dx.data(), in) <= kBound)) check::fail(__FILE__, __LINE__, "input gradient of " + what.str());
     if (!(relative_error(got_dv.data(), dv.data(), dv.size()) <= kBound))
@@ -228,7 +249,7 @@ TEST(convolutions_and_their_gradients) {
         g.pad_top = g.pad_left = g.pad_bottom = g.pad_right = pad, g.dilation_h = g.dilation_w = dilation;
         return g;
     };
-    for (int64_t batch : {1, 3}) {
+    for (int64_t batch : {1, 3, 16, 21, 40}) {  // from a vector on, images lie along the lanes
         check_convolution({geometry(6, 7, 9, 1, 1, 0, 1), 5, 1}, batch, 0.4);
         check_convolution({geometry(6, 7, 9, 3, 1, 1, 1), 5, 1}, batch, 0.3);
         check_convolution({geometry(6, 7, 9, 3, 1, 0, 1), 5, 1}, batch, 0.3);
