@@ -348,8 +348,8 @@ PYBIND11_MODULE(_C, m) {
             [](ConvLayer& l, uintptr_t dy, int64_t n, int64_t h, int64_t w, uintptr_t dx, bool dy_last, bool dx_last) {
                 return l.input_grad({address(dy), dy_last}, n, h, w, {address(dx), dx_last});
             },
-            py::arg("dy"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("dx"), py::arg("dy_last") = false,
-            py::arg("dx_last") = false, Release())
+            py::arg("dy"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("dx"), py::arg("dy_last") = false, py::arg("dx_last") = false,
+            Release())
         .def(
             "weight_grad",
             [](ConvLayer& l, uintptr_t dy, uintptr_t x, int64_t n, int64_t h, int64_t w, uintptr_t dv, bool dy_last, bool x_last) {
