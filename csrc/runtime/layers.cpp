@@ -219,8 +219,6 @@ std::shared_ptr<Plan> LinearLayer::plan(const Key& key) {
 
 void LinearLayer::forward(const float* x, int64_t ldx, int64_t n, float* y, int64_t ldy, const float* bias) {
     if (n == 0) return;
-    int64_t width;
-    if (auto fast = batch(false, ldx, ldy, n, true, &width)) return fast->run({x, true}, n / width, {y, true}, bias, threads_for(nnz(), n));
     auto p = plan({0, n, ldx, ldy, bias != nullptr});
     // Brings new values in. A single row that is too large for the lookup reads the values as they are.
     if (!(n <= kFewVectors && lookup_matrix()) && n > 1) SparseOperator::forward_matrix();
@@ -230,9 +228,6 @@ void LinearLayer::forward(const float* x, int64_t ldx, int64_t n, float* y, int6
 
 void LinearLayer::input_grad(const float* dy, int64_t lddy, int64_t n, float* dx, int64_t lddx) {
     if (n == 0) return;
-    int64_t width;
-    if (auto fast = batch(true, lddx, lddy, n, true, &width))
-        return fast->run({dy, true}, n / width, {dx, true}, nullptr, threads_for(nnz(), n));
     auto p = plan({1, n, lddy, lddx, false});
     transposed_matrix();
     float* pointers[] = {const_cast<float*>(dy), dx, nullptr};
