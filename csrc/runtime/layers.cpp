@@ -159,7 +159,7 @@ int threads_for(int64_t nnz, int64_t n) { return nnz * n < kWorthAThread ? 1 : n
 
 }  // namespace
 
-std::shared_ptr<const BatchConv> LinearLayer::batch(bool backward, int64_t ld_in, int64_t ld_out, int64_t n, bool fresh, int64_t* width) {
+std::shared_ptr<const BatchConv> LinearLayer::batch(int64_t ld_in, int64_t ld_out, int64_t n, int64_t* width) {
     const int64_t lanes = kernels().lanes;
     if (ld_in != cols || ld_out != rows) return nullptr;
     for (int64_t pixels : {8, 4}) {
@@ -167,7 +167,7 @@ std::shared_ptr<const BatchConv> LinearLayer::batch(bool backward, int64_t ld_in
         if (n % (pixels * lanes) || n < 2 * pixels * lanes) continue;
         ConvGeometry g;
         g.channels = cols, g.width = *width = pixels;
-        return batched(backward, g, fresh);
+        return batched(false, g, false);
     }
     return nullptr;
 }
@@ -236,7 +236,7 @@ void LinearLayer::input_grad(const float* dy, int64_t lddy, int64_t n, float* dx
 
 void LinearLayer::weight_grad(const float* dy, int64_t lddy, const float* x, int64_t ldx, int64_t n, float* dvalues) {
     int64_t width;
-    if (auto fast = n > 0 ? batch(false, ldx, lddy, n, false, &width) : nullptr)
+    if (auto fast = n > 0 ? batch(ldx, lddy, n, &width) : nullptr)
         return fast->weight_grad({dy, true}, {x, true}, n / width, dvalues, threads_for(nnz(), n));
     auto p = plan({2, n, ldx, lddy, false});
     float* pointers[] = {const_cast<float*>(dy), const_cast<float*>(x), dvalues};
