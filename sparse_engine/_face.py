@@ -59,8 +59,11 @@ class _CheckoutKernels:
 
 
 def find_kernels_in_checkout(package: str, package_folder: Path) -> None:
-    """Makes ``<package>.kernels`` importable from a checkout; does nothing in an ordinary installation."""
+    """Makes ``<package>.kernels`` importable from a checkout; does nothing in an ordinary installation.
+
+    In front of other finders: an editable installation of another checkout would give that one's kernels.
+    """
     folder = package_folder.parent / "kernels"
     if (package_folder / "kernels" / "__init__.py").exists() or not (folder / "__init__.py").exists():
         return
-    sys.meta_path.append(_CheckoutKernels(f"{package}.kernels", folder))
+    sys.meta_path.insert(0, _CheckoutKernels(f"{package}.kernels", folder))

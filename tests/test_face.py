@@ -65,3 +65,22 @@ def test_errors_are_one_family() -> None:
     for name in errors.__all__:
         assert issubclass(getattr(errors, name), errors.SparseEngineError)
     assert issubclass(errors.SparseEngineError, ValueError)
+
+
+def test_the_kernels_are_this_packages_own() -> None:
+    """Not those of another checkout that is installed in editable mode."""
+    script = (
+        "import sys, pathlib, importlib.machinery as m, sparse_engine\n"
+        "class Elsewhere:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        return m.ModuleSpec(name, None) if name == 'sparse_engine.kernels' else None\n"
+        "sys.meta_path.append(Elsewhere())\n"
+        "import sparse_engine.kernels as kernels\n"
+        "here = pathlib.Path(sparse_engine.__file__).parent\n"
+        "assert pathlib.Path(kernels.__file__).parent in (here / 'kernels', here.parent / 'kernels')\n"
+    )
+    elsewhere_first = script.replace(
+        "import sys, pathlib, importlib.machinery as m, sparse_engine", "import sys, pathlib, importlib.machinery as m"
+    ).replace("import sparse_engine.kernels", "import sparse_engine, sparse_engine.kernels")
+    for order in (script, elsewhere_first):
+        subprocess.run([sys.executable, "-c", order], check=True)
