@@ -66,6 +66,9 @@ struct Im2colArgs {
     const int32_t*
         gather;  // or null: [tap][gather_stride] source pixel within the channel, −1 = zero (then tap_offset, tap_mask are unused)
     size_t gather_stride;
+    // Taps 3r, 3r + 1 and 3r + 2 read the pixel before, at and after the same place, and what an outer tap reads where it is valid, the
+    // middle one of the neighbouring pixel reads too.
+    bool rows_of_three;
     int64_t channel0;  // channel and tap of the first column
     int tap0;
     int columns;

@@ -47,17 +47,78 @@ void im2col_affine(const Im2colArgs& a) {
     }
 }
 
+#if defined(__AVX512F__)
+SE_INLINE Vec shifted(Vec high, Vec low, Mask mask, std::integral_constant<int, 1>) {
+    return _mm512_castsi512_ps(_mm512_maskz_alignr_epi32(mask, _mm512_castps_si512(high), _mm512_castps_si512(low), 1));
+}
+SE_INLINE Vec shifted(Vec high, Vec low, Mask mask, std::integral_constant<int, 15>) {
+    return _mm512_castsi512_ps(_mm512_maskz_alignr_epi32(mask, _mm512_castps_si512(high), _mm512_castps_si512(low), 15));
+}
+
+// Whole channels of kernels whose rows have three adjacent taps: each row of the image is loaded once, and shifted for the outer taps. A
+// load for each would cross a cache line two times of three, and read the L2 three times.
+template <int V>
+void im2col_rows(const Im2colArgs& a, int64_t channel, int64_t channels, float* tile) {
+    constexpr int kWidth = V * kLanes;
+    const size_t step = static_cast<size_t>(a.taps) * kWidth;
+    for (int tap = 0; tap < a.taps; tap += 3, tile += 3 * kWidth) {
+        const uint16_t* bits = a.tap_mask + tap * a.mask_stride + (a.pixel0 >> 4);
+        Mask left[V], middle[V], right[V];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) left[v] = bits[v], middle[v] = bits[a.mask_stride + v], right[v] = bits[2 * a.mask_stride + v];
+        const Mask first = static_cast<Mask>(left[0] << 15), last = static_cast<Mask>(right[V - 1] >> 15);
+        const float* row = a.x + channel * int64_t(a.channel_stride) + a.pixel0 + a.tap_offset[tap + 1];
+        float* to = tile;
+        for (int64_t c = 0; c < channels; c++, row += a.channel_stride, to += step) {
+            Vec before = load_masked(row - kLanes, first), here = load_masked(row, middle[0]);
+#pragma GCC unroll 8
+            for (int v = 0; v < V; v++) {
+                Vec after = v + 1 < V ? load_masked(row + (v + 1) * kLanes, middle[v + 1]) : load_masked(row + V * kLanes, last);
+                store(to + v * kLanes, shifted(here, before, left[v], std::integral_constant<int, 15>()));
+                store(to + kWidth + v * kLanes, here);
+                store(to + 2 * kWidth + v * kLanes, shifted(after, here, right[v], std::integral_constant<int, 1>()));
+                before = here, here = after;
+            }
+        }
+    }
+}
+#endif
+
+template <int V>
+void im2col_shifts(const Im2colArgs& a) {
+#if defined(__AVX512F__)
+    const int head = (a.taps - a.tap0) % a.taps;  // columns of a channel that began before
+    const int64_t whole = (a.columns - head) / a.taps;
+    if (a.rows_of_three && whole > 0) {
+        Im2colArgs rest = a;
+        if (head) {
+            rest.columns = head;
+            im2col_affine<V>(rest);
+        }
+        im2col_rows<V>(a, a.channel0 + (head ? 1 : 0), whole, a.tile + size_t(head) * V * kLanes);
+        const int done = head + static_cast<int>(whole) * a.taps;
+        if (done < a.columns) {
+            rest.channel0 = a.channel0 + (head ? 1 : 0) + whole, rest.tap0 = 0, rest.columns = a.columns - done;
+            rest.tile = a.tile + size_t(done) * V * kLanes;
+            im2col_affine<V>(rest);
+        }
+        return;
+    }
+#endif
+    im2col_affine<V>(a);
+}
+
 void im2col(const Im2colArgs& a) {
     if (!a.gather) {
         switch (a.vectors) {
-            case 1: return im2col_affine<1>(a);
-            case 2: return im2col_affine<2>(a);
-            case 3: return im2col_affine<3>(a);
-            case 4: return im2col_affine<4>(a);
-            case 5: return im2col_affine<5>(a);
-            case 6: return im2col_affine<6>(a);
-            case 7: return im2col_affine<7>(a);
-            default: return im2col_affine<8>(a);
+            case 1: return im2col_shifts<1>(a);
+            case 2: return im2col_shifts<2>(a);
+            case 3: return im2col_shifts<3>(a);
+            case 4: return im2col_shifts<4>(a);
+            case 5: return im2col_shifts<5>(a);
+            case 6: return im2col_shifts<6>(a);
+            case 7: return im2col_shifts<7>(a);
+            default: return im2col_shifts<8>(a);
         }
     }
     int64_t channel = a.channel0;
@@ -89,13 +150,6 @@ SE_INLINE void depthwise_tile(const DepthwiseArgs& a, int64_t pixel) {
 }
 
 #if defined(__AVX512F__)
-SE_INLINE Vec shifted(Vec high, Vec low, Mask mask, std::integral_constant<int, 1>) {
-    return _mm512_castsi512_ps(_mm512_maskz_alignr_epi32(mask, _mm512_castps_si512(high), _mm512_castps_si512(low), 1));
-}
-SE_INLINE Vec shifted(Vec high, Vec low, Mask mask, std::integral_constant<int, 15>) {
-    return _mm512_castsi512_ps(_mm512_maskz_alignr_epi32(mask, _mm512_castps_si512(high), _mm512_castps_si512(low), 15));
-}
-
 // Vectors of pixels that all have neighbours above and below. The three taps of a row come from one load: a load of its own for each
 // would cross a cache line two times of three, and cost twice. Products are added in the same order as above.
 template <int V>

@@ -49,6 +49,21 @@ void set_masks(TapTable& table, int64_t batch, int64_t out_h, int64_t out_w, con
     }
 }
 
+// Whether the taps of each row of a kernel three wide can be had from one load of every vector: see Im2colArgs.
+bool in_rows_of_three(const TapTable& table, int64_t kernel_w, int64_t pixels) {
+    if (kernel_w != 3) return false;
+    auto valid = [&](int tap, int64_t p) {
+        return p >= 0 && p < pixels && (table.mask[tap * table.mask_stride + static_cast<size_t>(p >> 4)] >> (p & 15) & 1);
+    };
+    for (int tap = 1; tap < table.taps; tap += 3) {
+        const int64_t* offset = table.offset.data() + tap;
+        if (offset[-1] != offset[0] - 1 || offset[1] != offset[0] + 1) return false;
+        for (int64_t p = 0; p < pixels; p++)
+            if ((valid(tap - 1, p) && !valid(tap, p - 1)) || (valid(tap + 1, p) && !valid(tap, p + 1))) return false;
+    }
+    return true;
+}
+
 }  // namespace
 
 int64_t padded_pixels(int64_t pixels) {
@@ -149,6 +164,7 @@ TapTable forward_taps(const ConvGeometry& g, const PhaseLayout& phases) {
             valid_x.push_back({-qx, columns - qx});
         }
     set_masks(table, g.batch, out_h, out_w, valid_y, valid_x);
+    table.rows_of_three = in_rows_of_three(table, g.kernel_w, g.batch * out_h * out_w);
     bool rows_of_three = g.kernel_h == 3 && g.kernel_w == 3;
     for (int64_t tap = 1; tap < table.taps && rows_of_three; tap++)
         rows_of_three = tap % 3 == 0 || table.offset[static_cast<size_t>(tap)] == table.offset[static_cast<size_t>(tap - 1)] + 1;
@@ -225,6 +241,7 @@ struct TileSource {
         a.x = x, a.channel_stride = static_cast<size_t>(x_stride), a.taps = taps->taps;
         a.tap_offset = taps->offset.data(), a.tap_mask = taps->mask.data(), a.mask_stride = taps->mask_stride;
         a.gather = taps->affine ? nullptr : taps->gather.data(), a.gather_stride = taps->gather_stride;
+        a.rows_of_three = taps->rows_of_three;
         a.channel0 = column0 / taps->taps, a.tap0 = static_cast<int>(column0 % taps->taps);
         a.columns = static_cast<int>(columns), a.pixel0 = pixel0, a.vectors = vectors, a.tile = scratch;
         k.im2col(a);

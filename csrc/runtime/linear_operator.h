@@ -33,6 +33,7 @@ struct TapTable {
     std::vector<int32_t> gather;
     size_t gather_stride = 0;
     std::vector<uint8_t> inner;  // see DepthwiseArgs; empty unless affine, 3×3, the taps of a row next to each other
+    bool rows_of_three = false;  // see Im2colArgs
 };
 
 // A strided or cropped convolution reads its input through phases: for stride 2, four planes of every second pixel, on the output's grid;

@@ -215,7 +215,8 @@ TEST(im2col_by_shifts_and_by_gathering) {
             gather[static_cast<size_t>(tap * 256 + p)] = y * width + z;
         }
     }
-    for (bool by_gather : {false, true})
+    enum { shifts, rows, gathers };
+    for (int way : {shifts, rows, gathers})
         for (int vectors = 1; vectors <= 64 / k.lanes && vectors <= kMaxVectors; vectors++)
             for (int first : {0, 4, 20}) {
                 int columns = channels * taps - first, across = vectors * k.lanes;
@@ -223,7 +224,8 @@ TEST(im2col_by_shifts_and_by_gathering) {
                 Im2colArgs a{};
                 a.x = x, a.channel_stride = channel_stride, a.taps = taps, a.tap_offset = offset.data(), a.tap_mask = mask.data(),
                 a.mask_stride = groups;
-                a.gather = by_gather ? gather.data() : nullptr, a.gather_stride = 256;
+                a.rows_of_three = way == rows;
+                a.gather = way == gathers ? gather.data() : nullptr, a.gather_stride = 256;
                 a.channel0 = first / taps, a.tap0 = first % taps, a.columns = columns, a.pixel0 = 0, a.vectors = vectors,
                 a.tile = tile.data();
                 k.im2col(a);
