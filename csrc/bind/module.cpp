@@ -254,6 +254,7 @@ PYBIND11_MODULE(_C, m) {
         d["lanes"] = kernels().lanes;
         return d;
     });
+    m.def("expect_job", &expect_job);
     m.def("set_num_threads", &set_num_threads, py::arg("n"),
           "Threads for calls that start from now on; 0 = one per core that this process may use.");
     m.def("get_num_threads", &num_threads);
@@ -747,6 +748,20 @@ PYBIND11_MODULE(_C, m) {
                 p.plan->run(buffers(pointers));
             },
             py::arg("pointers"))
+        .def(
+            // Another plan right after it, in one call: between two, Python's own code and data come from memory again.
+            "run_before",
+            [](const Parts& p, const py::sequence& addresses, const PlanBuilder& next, const py::sequence& next_addresses, int threads) {
+                const Numbers<uintptr_t> pointers(addresses), next_pointers(next_addresses);
+                if (pointers.size() != p.shared || next_pointers.size() != next.external_floats.size())
+                    throw std::invalid_argument("expected " + std::to_string(p.shared) + " and " +
+                                                std::to_string(next.external_floats.size()) + " addresses, got " +
+                                                std::to_string(pointers.size()) + " and " + std::to_string(next_pointers.size()));
+                py::gil_scoped_release release;
+                p.plan->run(buffers(pointers));
+                next.plan->run(buffers(next_pointers), threads);
+            },
+            py::arg("pointers"), py::arg("next"), py::arg("next_pointers"), py::arg("threads") = 0)
         .def(
             "profile",
             [](const Parts& p, const std::vector<uintptr_t>& pointers) {

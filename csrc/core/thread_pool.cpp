@@ -28,6 +28,8 @@ namespace {
 
 // Spinning covers the gap between two nodes of one plan; anything longer parks, so an idle process uses no CPU.
 constexpr int kSpins = 2000;
+// The same for a job that was announced.
+constexpr int kExpectingSpins = 16000;
 // How long a thread is watched before it counts as stopped: about ten microseconds.
 constexpr int kLook = 500;
 
@@ -200,6 +202,18 @@ class Pool {
             job.position.node->joined(Trace::Clock::now());
     }
 
+    void expect_job() {
+        bool someone_parked;
+        {
+            std::lock_guard lock(mutex_);
+            if (workers_.empty()) return;
+            expecting_ = true;
+            version_.fetch_add(1, std::memory_order_release);
+            someone_parked = parked_ > 0;
+        }
+        if (someone_parked) wake_.notify_all();
+    }
+
   private:
     void start_worker() {  // with mutex_ held
         const int number = static_cast<int>(workers_.size()) + 1;
@@ -278,11 +292,17 @@ class Pool {
         for (;;) {
             uint64_t seen = version_.load(std::memory_order_acquire);
             Job* job = nullptr;
+            int spins = kSpins;
             {
                 std::unique_lock lock(mutex_);
                 if (stop_) return;
                 job = pick();
-                if (job) job->helpers++;
+                if (job) {
+                    job->helpers++;
+                    expecting_ = false;
+                } else if (expecting_) {
+                    spins = kExpectingSpins;
+                }
             }
             if (job) {
                 if (job->caller_core >= 0 && current_core() == job->caller_core) leave_core(job->caller_core);
@@ -294,13 +314,14 @@ class Pool {
                 continue;
             }
             bool changed = false;
-            for (int spin = 0; spin < kSpins && !changed; spin++) {
+            for (int spin = 0; spin < spins && !changed; spin++) {
                 SE_PAUSE();
                 changed = version_.load(std::memory_order_acquire) != seen;
             }
             if (changed) continue;
             fetch_stopped_caller();
             std::unique_lock lock(mutex_);
+            expecting_ = false;
             parked_++;
             wake_.wait(lock, [&] { return stop_ || version_.load(std::memory_order_relaxed) != seen; });
             parked_--;
@@ -314,6 +335,7 @@ class Pool {
     std::atomic<uint64_t> version_{0};
     std::atomic<int> threads_;
     int parked_ = 0;
+    bool expecting_ = false;
     bool stop_ = false;
 };
 
@@ -326,6 +348,7 @@ Pool& pool() {
 
 int num_threads() { return pool().threads(); }
 void set_num_threads(int n) { pool().set_threads(n); }
+void expect_job() { pool().expect_job(); }
 void parallel_for(int64_t items, int threads, const WorkFunction& body) {
     constexpr int64_t kMost = INT32_MAX;  // of one job: a range is two 32-bit numbers
     for (int64_t first = 0; first < items; first += kMost) {

@@ -222,6 +222,8 @@ struct KernelTable {
     // Fused multiply-adds on registers only: runs `steps` rounds, returns how many operations that were; result is only there to be used.
     int64_t (*fma_chains)(int64_t steps, float factor, float shift, float* result);
     float (*reduce_sum)(const float* x, int64_t n);
+    // y[r] = sum of x[r · stride + i] over i < n
+    void (*sum_rows)(const float* x, int64_t stride, int64_t rows, int64_t n, float* y);
     float (*reduce_max)(const float* x, int64_t n);
     // Along the strided axis, vectorised over `width` neighbouring columns: y = softmax_k x[k · stride + i].
     void (*softmax_columns)(const float* x, size_t x_stride, int64_t length, float* y, size_t y_stride, int64_t width);
@@ -232,6 +234,8 @@ struct KernelTable {
     void (*layer_norm_row)(const float* x, int64_t length, const float* weight, const float* bias, float eps, float* y);
     // y[i] = x[i · step]
     void (*copy)(const float* x, int64_t step, float* y, int64_t n);
+    // y[r · y_stride + i] = x[r · x_stride + i] for r < rows, i < n
+    void (*copy_rows)(const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t rows, int64_t n);
     // even[r · out_ld + i] = x[r · ld + 2i] for i < even_n and, unless odd is null, odd[r · out_ld + i] = x[r · ld + 2i + 1] for i < odd_n.
     void (*split)(const float* x, int64_t ld, int64_t rows, int64_t even_n, int64_t odd_n, float* even, float* odd, int64_t out_ld);
     void (*add_into)(const float* x, int64_t step, float* y, int64_t n);  // y[i] += x[i · step]

@@ -155,6 +155,32 @@ float reduce_sum(const float* x, int64_t n) {
     return sum(add(add(s0, s1), add(s2, s3)));
 }
 
+// Short rows (a plane of 7×7) sixteen at a time: a sum across the lanes of one vector takes as long as the additions before it.
+void sum_rows(const float* x, int64_t stride, int64_t rows, int64_t n, float* y) {
+    int64_t r = 0;
+#if defined(__AVX512F__)
+    if (n > 0 && n <= 16 * kLanes) {
+        const int64_t whole = (n - 1) / kLanes;  // vectors but for the last
+        const uint32_t rest = low_bits(n - whole * kLanes);
+        for (; r < rows; r += 16) {
+            const int64_t valid = std::min<int64_t>(16, rows - r);
+            Vec quads[4];
+            for (int64_t q = 0; q < 4; q++) {
+                Vec s[4];
+                for (int64_t i = 0; i < 4; i++) {  // past the end the last row again; its sum is not stored
+                    const float* row = x + (r + std::min(4 * q + i, valid - 1)) * stride;
+                    s[i] = load_bits(row + whole * kLanes, rest);
+                    for (int64_t v = 0; v < whole; v++) s[i] = add(s[i], load(row + v * kLanes));
+                }
+                quads[q] = sum_within_lanes(s[0], s[1], s[2], s[3]);
+            }
+            store_bits(y + r, fold(quads), low_bits(valid));
+        }
+    }
+#endif
+    for (; r < rows; r++) y[r] = reduce_sum(x + r * stride, n);
+}
+
 float reduce_max(const float* x, int64_t n) {
     float best = -std::numeric_limits<float>::infinity();
     for (int64_t i = 0; i < n; i++) best = std::isnan(x[i]) || x[i] > best ? x[i] : best;
@@ -282,6 +308,29 @@ void copy(const float* x, int64_t step, float* y, int64_t n) {
     for (; i < n; i++) y[i] = x[i * step];
 }
 
+// Short rows without a call for each.
+void copy_rows(const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t rows, int64_t n) {
+#if defined(__AVX512F__)
+    if (n <= kLanes) {
+        const Mask mask = mask_of(low_bits(n));
+        for (int64_t r = 0; r < rows; r++) _mm512_mask_storeu_ps(y + r * y_stride, mask, load_masked(x + r * x_stride, mask));
+        return;
+    }
+    if (n <= 4 * kLanes) {
+        const int64_t last = n - kLanes;  // the last vector overlaps the one before
+        for (int64_t r = 0; r < rows; r++) {
+            const float* from = x + r * x_stride;
+            float* to = y + r * y_stride;
+            Vec end = load(from + last);
+            for (int64_t i = 0; i < last; i += kLanes) store(to + i, load(from + i));
+            store(to + last, end);
+        }
+        return;
+    }
+#endif
+    for (int64_t r = 0; r < rows; r++) std::memcpy(y + r * y_stride, x + r * x_stride, size_t(n) * sizeof(float));
+}
+
 void add_into(const float* x, int64_t step, float* y, int64_t n) {
     into(x, step, y, n, [](Vec a, Vec b) { return add(a, b); });
 }
@@ -405,6 +454,8 @@ void fill_elementwise(KernelTable& t) {
     t.binary = binary;
     t.scale_shift = scale_shift;
     t.reduce_sum = reduce_sum;
+    t.sum_rows = sum_rows;
+    t.copy_rows = copy_rows;
     t.reduce_max = reduce_max;
     t.softmax_row = softmax_row;
     t.softmax_columns = softmax_columns;

@@ -267,16 +267,6 @@ SE_INLINE Vec products(const Vec (&g)[V], const float* row) {
     return s;
 }
 
-#if defined(__AVX512F__)
-// Per 128-bit lane: the sums of a, b, c, d over that lane.
-SE_INLINE Vec sum_within_lanes(Vec a, Vec b, Vec c, Vec d) {
-    __m512d ab = _mm512_castps_pd(add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-    __m512d cd = _mm512_castps_pd(add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-    return add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
-}
-SE_INLINE Vec add_lane_pairs(Vec a, Vec b) { return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); }
-#endif
-
 // out[e] += dy · x[col[e]]: V vectors of dy stay in registers. Sixteen dot products are folded together by a transposing tree of additions,
 // three operations each, where a sum across one register would take ten.
 template <int V>
@@ -304,7 +294,7 @@ SE_INLINE void dots_of_row(const float* dy, const int32_t* col, int64_t from, in
             }
             quads[q] = sum_within_lanes(s[0], s[1], s[2], s[3]);
         }
-        Vec sums = add_lane_pairs(add_lane_pairs(quads[0], quads[1]), add_lane_pairs(quads[2], quads[3]));
+        Vec sums = fold(quads);
         uint32_t bits = low_bits(std::min<int64_t>(16, left));
         store_bits(out + e, add(load_bits(out + e, bits), sums), bits);
     }

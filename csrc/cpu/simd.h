@@ -205,6 +205,16 @@ SE_INLINE HalfVec at_most(HalfVec x, HalfVec) { return x; }
 #endif
 
 #if defined(__AVX512F__)
+// Per 128-bit lane: the sums of a, b, c, d over that lane.
+SE_INLINE Vec sum_within_lanes(Vec a, Vec b, Vec c, Vec d) {
+    __m512d ab = _mm512_castps_pd(add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    __m512d cd = _mm512_castps_pd(add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+    return add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+}
+SE_INLINE Vec add_lane_pairs(Vec a, Vec b) { return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); }
+// The sixteen sums over four such vectors, in the order of what went into them.
+SE_INLINE Vec fold(const Vec (&quads)[4]) { return add_lane_pairs(add_lane_pairs(quads[0], quads[1]), add_lane_pairs(quads[2], quads[3])); }
+
 // Transposes 16×16 floats held in r.
 SE_INLINE void transpose16(Vec (&r)[16]) {
     Vec t[16];

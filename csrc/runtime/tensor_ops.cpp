@@ -128,6 +128,18 @@ void CopyNode::run(Context& context) const {
         });
         return;
     }
+    if (to_step == 1 && from_step == 1 && !loops_.sizes.empty() && loops_.row <= kGrain) {
+        const int64_t rows = loops_.sizes.back(), group = std::clamp<int64_t>(kGrain / std::max<int64_t>(1, loops_.row), 1, rows);
+        const int64_t groups = ceil_div(rows, group), outer = loops_.rows() / std::max<int64_t>(1, rows);
+        parallel_for(outer * groups, loops_.rows() * loops_.row < 2 * kGrain ? 1 : context.threads, [&](int64_t item, int) {
+            const int64_t begin = item % groups * group;
+            int64_t at[8];
+            loops_.offsets(item / groups * rows + begin, at);
+            k.copy_rows(from + at[1], loops_.strides[1].back(), to + at[0], loops_.strides[0].back(), std::min(group, rows - begin),
+                        loops_.row);
+        });
+        return;
+    }
     for_rows(loops_, context.threads, 1, [&](const int64_t* at, int64_t n, int) {
         const float* x = from + at[1];
         float* y = to + at[0];
@@ -288,10 +300,20 @@ void AdaptiveAveragePoolNode::run(Context& context) const {
     const float* x = context.at(x_.ref);
     float* y = context.at(y_.ref);
     int64_t planes = batch * channels, group = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, height * width));
+    const bool whole = out_h == 1 && out_w == 1 && x_.strides[3] == 1 && x_.strides[2] == width && y_.strides[1] == 1;
     parallel_for(ceil_div(planes, group), planes * height * width < 2 * kGrain ? 1 : context.threads, [&](int64_t item, int) {
-        for (int64_t index = item * group; index < std::min(planes, (item + 1) * group); index++) {
+        const int64_t end = std::min(planes, (item + 1) * group);
+        for (int64_t index = item * group; index < end; index++) {
             int64_t n = index / channels, c = index % channels;
             const float* from = x + n * x_.strides[0] + c * x_.strides[1];
+            if (whole) {
+                const int64_t count = std::min(channels - c, end - index);
+                float* to = y + n * y_.strides[0] + c;
+                k.sum_rows(from, x_.strides[1], count, height * width, to);
+                for (int64_t i = 0; i < count; i++) to[i] /= static_cast<float>(height * width);
+                index += count - 1;
+                continue;
+            }
             for (int64_t oy = 0; oy < out_h; oy++)
                 for (int64_t ox = 0; ox < out_w; ox++) {
                     int64_t y0 = oy * height / out_h, y1 = ceil_div((oy + 1) * height, out_h), x0 = ox * width / out_w,
@@ -352,6 +374,11 @@ void ReduceNode::run(Context& context) const {
                 for (int64_t i = 0; i < reduced_.row; i++) k.add_into(x + at[0] + inner[0] + i * step, 1, to, n);
             }
             if (scale != 1.0f) k.scale_shift(to, scale, 0.0f, to, n);
+            return;
+        }
+        if (sums && step == 1 && reduced_rows == 1 && kept_.row_strides[1] == 1) {
+            k.sum_rows(x + at[0], kept_.row_strides[0], n, reduced_.row, y + at[1]);
+            if (scale != 1.0f) k.scale_shift(y + at[1], scale, 0.0f, y + at[1], n);
             return;
         }
         for (int64_t j = 0; j < n; j++) {

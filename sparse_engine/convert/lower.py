@@ -1237,6 +1237,12 @@ class NativePlan:
         self._plan.run(addresses, self._threads)
         return self._collect(outputs)
 
+    def run_after(self, body: Any, addresses: list[int], inputs: list[Tensor]) -> list[Tensor]:
+        """`body`, a `_C.PartedPlan` that makes some of the inputs, and then this plan, in one native call."""
+        outputs, own = self._prepare(inputs)
+        body.run_before(addresses, self._plan, own, self._threads)
+        return self._collect(outputs)
+
     def new_outputs(self) -> list[Tensor]:
         """What `run` makes for the outputs where nothing is given."""
         return [torch.empty(shape) for shape in self._shapes]

@@ -393,6 +393,14 @@ def part_problems(graph: Graph, parts: int) -> dict[str, LinearProblem]:
     return lowering.problems
 
 
+@dataclass
+class _Passed:
+    """Memory of one call for what is passed to the tail, and its addresses with that of the constants."""
+
+    tensors: list[Tensor]
+    addresses: list[int]
+
+
 class PartedPlan:
     """One image in bands of rows, one per thread; `run` may be called from several threads at once."""
 
@@ -404,20 +412,22 @@ class PartedPlan:
         self._shapes = shapes
         self._tail = tail
         self._constants = numpy.zeros(1, dtype=numpy.float32)  # no node before the cut has any
-        self._idle: list[list[Tensor]] = []  # memory for what is passed to the tail, kept from call to call
+        self._idle: list[_Passed] = []  # kept from call to call
 
     def run(self, inputs: list[Tensor]) -> list[Tensor]:
         """One contiguous tensor per graph input in, one new tensor per graph output out."""
-        passed = self._passed()
-        self._parts.run(self._addresses(inputs, passed))
-        outputs = self._tail.run(passed + [inputs[index] for index in self._also])
+        _C.expect_job()  # what follows here takes as long as it takes to wake the other threads
+        passed = self._take()
+        addresses = [tensor.data_ptr() for tensor in inputs] + passed.addresses
+        behind = passed.tensors + [inputs[index] for index in self._also]
+        outputs = self._tail.run_after(self._parts, addresses, behind)
         self._idle.append(passed)
         return outputs
 
     def profile(self, inputs: list[Tensor]) -> list[tuple[str, float]]:
         """Seconds per native node of one run, in order; of a node that several parts run, the longest."""
-        passed = self._passed()
-        seconds = self._parts.profile(self._addresses(inputs, passed))
+        passed = self._take()
+        seconds = self._parts.profile([tensor.data_ptr() for tensor in inputs] + passed.addresses)
         longest: dict[str, float] = {}
         for names, times in zip(self._parts.names, seconds, strict=True):
             of_part: dict[str, float] = {}
@@ -425,18 +435,16 @@ class PartedPlan:
                 of_part[name] = of_part.get(name, 0.0) + time
             for name, time in of_part.items():
                 longest[name] = max(longest.get(name, 0.0), time)
-        return list(longest.items()) + self._tail.profile(passed + [inputs[index] for index in self._also])
+        return list(longest.items()) + self._tail.profile(passed.tensors + [inputs[index] for index in self._also])
 
     @property
     def arena_bytes(self) -> int:
         """Bytes of working memory of one call, all threads together."""
         return self._parts.arena_bytes + self._tail.arena_bytes
 
-    def _passed(self) -> list[Tensor]:
+    def _take(self) -> _Passed:
         try:
             return self._idle.pop()
         except IndexError:  # the first call, or one beside another
-            return [torch.empty(shape) for shape in self._shapes]
-
-    def _addresses(self, inputs: list[Tensor], passed: list[Tensor]) -> list[int]:
-        return [tensor.data_ptr() for tensor in inputs + passed] + [self._constants.ctypes.data]
+            tensors = [torch.empty(shape) for shape in self._shapes]
+            return _Passed(tensors, [tensor.data_ptr() for tensor in tensors] + [self._constants.ctypes.data])

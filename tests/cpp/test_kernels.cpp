@@ -408,6 +408,41 @@ TEST(reductions) {
     }
 }
 
+TEST(sums_of_many_rows) {
+    for (int64_t n : {1, 7, 16, 49, 64, 196, 256, 257, 1000})
+        for (int64_t rows : {0, 1, 15, 16, 17, 40}) {
+            const int64_t stride = n + 3;
+            std::vector<float> x = Random(static_cast<uint64_t>(n)).floats(static_cast<size_t>((rows + 1) * stride), 0.1f, 1);
+            if (rows == 17) x[static_cast<size_t>(5 * stride + n - 1)] = kPoison;
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t i = n; i < stride; i++) x[static_cast<size_t>(r * stride + i)] = kPoison;  // between rows
+            std::vector<float> y(static_cast<size_t>(rows + 1), kPoison);
+            kernels().sum_rows(x.data(), stride, rows, n, y.data());
+            for (int64_t r = 0; r < rows; r++) {
+                double sum = 0;
+                for (int64_t i = 0; i < n; i++) sum += x[static_cast<size_t>(r * stride + i)];
+                const float found = y[static_cast<size_t>(r)];
+                CHECK(std::isnan(sum) ? std::isnan(found) : std::fabs(found - sum) <= kBound * sum);
+            }
+            CHECK(std::isnan(y[static_cast<size_t>(rows)]));
+        }
+}
+
+TEST(rows_copied) {
+    for (int64_t n : {0, 1, 7, 15, 16, 17, 31, 32, 63, 64, 65, 200})
+        for (int64_t rows : {0, 1, 5}) {
+            const int64_t from = n + 2, to = n + 1;
+            std::vector<float> x = Random(7).floats(static_cast<size_t>((rows + 1) * from)),
+                               y(static_cast<size_t>((rows + 1) * to), kPoison);
+            kernels().copy_rows(x.data(), from, y.data(), to, rows, n);
+            for (int64_t r = 0; r <= rows; r++)
+                for (int64_t i = 0; i < to; i++) {
+                    const float found = y[static_cast<size_t>(r * to + i)];
+                    CHECK(r < rows && i < n ? found == x[static_cast<size_t>(r * from + i)] : std::isnan(found));
+                }
+        }
+}
+
 TEST(softmax_by_row_and_by_column) {
     const int64_t length = 19, width = 21, stride = 24;
     std::vector<float> x = Random(5).floats(static_cast<size_t>(length * stride), -30, 30),

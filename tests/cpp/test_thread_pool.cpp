@@ -105,6 +105,18 @@ TEST(workers_that_sleep_wake_up_again) {
     }
 }
 
+TEST(an_announced_job_and_one_that_never_comes) {
+    set_num_threads(4);
+    for (int round = 0; round < 40; round++) {
+        if (round % 4 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+        expect_job();
+        if (round % 3 == 0) continue;
+        std::atomic<int> count{0};
+        parallel_for(8, 4, [&](int64_t, int) { count++; });
+        CHECK_EQUAL(count.load(), 8);
+    }
+}
+
 TEST(more_threads_than_items_and_than_the_pool_allows) {
     set_num_threads(1000);
     CHECK(num_threads() <= kMaxThreads);
