@@ -342,8 +342,6 @@ def measure_speed(
 def run_speed(only: str, batches: list[int], engines_python: Path | None, threads: int, rounds: int) -> None:
     chosen = [case for case in cases() if only in case.name]
     for case, batch in ((case, batch) for case in chosen for batch in batches):
-        if batch > 16 and case.shape[-1] > 64:
-            continue  # large images at a large batch take minutes and say nothing new
         row = measure_speed(case, batch, engines_python, threads, rounds)
         if row is None:
             continue
