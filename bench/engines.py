@@ -133,13 +133,20 @@ def take_turns(
         label -> ``median_ms`` (the median over the rounds of each round's median), ``best_ms`` (the best round's
         median) and ``rounds``.
     """
-    medians: dict[str, list[float]] = {label: [] for label in ready}
-    for _ in range(rounds):
-        for label, contender in ready.items():
-            medians[label].append(statistics.median(contender.turn(seconds, calls, warm)))
+    return summarised([one_round(ready, seconds=seconds, calls=calls, warm=warm) for _ in range(rounds)])
+
+
+def one_round(ready: Mapping[str, Contender], *, seconds: float, calls: int, warm: float) -> dict[str, float]:
+    """One turn of each contender: label -> median ms of its calls."""
+    return {label: statistics.median(contender.turn(seconds, calls, warm)) for label, contender in ready.items()}
+
+
+def summarised(rounds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Rounds as `one_round` returns them, summed up as `take_turns` says."""
+    values = {label: [found[label] for found in rounds] for label in rounds[0]}
     return {
-        label: {"median_ms": statistics.median(values), "best_ms": min(values), "rounds": len(values)}
-        for label, values in medians.items()
+        label: {"median_ms": statistics.median(ms), "best_ms": min(ms), "rounds": len(ms)}
+        for label, ms in values.items()
     }
 
 
