@@ -35,7 +35,7 @@ SCALES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SCALES["fashion_mnist"] = SCALES["mnist"]
 SCALES["cifar10"] = {
-    "epochs": 6, "model": {"name": "vgg11_cifar", "options": {"width": 0.25}}, "limit": 5000, "amp": True,
+    "epochs": 5, "model": {"name": "vgg11_cifar", "options": {"width": 0.25}}, "limit": 4000, "amp": True,
     "densities": (0.1, 0.01, 0.003, 0.001), "stage_density": 0.01, "studies": ("pipeline",), "stages": False,
 }  # fmt: skip
 #: the pipeline's claim is about this density and below
@@ -129,7 +129,7 @@ def recipe_of(cell: Cell, scale: str) -> dict[str, Any]:
         "train": {
             "epochs": settings["epochs"], "batch_size": 64, "learning_rate": 0.1, "weight_decay": 5e-4,
             "schedule": "multistep", "milestones": [0.5, 0.75], "sparse_kernels": "never",
-            "amp": settings.get("amp", False),
+            "amp": settings.get("amp", False), "test_every": 0,
         },
         "convert": {"enabled": False},
     }  # fmt: skip
@@ -354,28 +354,31 @@ def _ridge(x: Tensor, y: Tensor, strength: float) -> Tensor:
 
 
 def rank(cell: Cell, scale: str) -> int:
-    """When a cell is run: 0 what the main claims need, 1 what any other claim needs, 2 combinations of the pipeline's
+    """When a cell is run: 0 the least that every claim needs, 1 what makes it broader, 2 combinations of the pipeline's
     stages, 3 what only fills tables."""
     if cell["kind"] == "epsd":
         return 0 if cell["method"] in ("EPSD", "SC", "prospr", "dense") else 1
     if cell["kind"] == "pipeline":
-        method = cell["method"]
+        method, density = cell["method"], cell["density"]
         if method == "stages":
-            return 2
-        if method not in ("ablation", "remedy") and cell["density"] not in low_densities(scale):
+            return 0 if len(cell["stages"]) < 2 else 2
+        if method in ("ablation", "remedy"):
+            return 0
+        if density not in low_densities(scale):
             return 3
-        return 1 if method in ("random", "grasp") else 0
+        # a large network is compared at one density first, a small one at all of them
+        every = method not in ("random", "grasp") and "model" not in SCALES[scale]
+        return 0 if every or density == LOW_DENSITY else 1
     fraction, score = cell["fraction"], cell["score"]
     if cell.get("noise"):
-        return 1
+        return 0
     if cell["updates"] != "iterations" or fraction == 0.5:
         return 3
     if cell.get("validation"):
-        return 0 if fraction in (0.1, 1.0) and cell["alpha"] in (0.0, 0.5, 0.95) else 1
-    main = score in ("random", "forgetting", "el2n")
+        return 1
     if fraction == FRACTIONS[0]:
-        return 0 if main else 1
-    return 1 if main else 3
+        return 0 if score in ("random", "forgetting", "el2n") else 1
+    return 0 if score == "random" else 3
 
 
 def low_densities(scale: str) -> list[float]:

@@ -56,7 +56,7 @@ def report(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> dict[str, Any]:
-    """Write a page with the per-layer table and plots: time by layer, sparsity, roofline."""
+    """Write a page with the per-layer table and plots: time by layer, sparsity, roofline; for a run its diagnostics."""
     target = output or (source / "report.html" if source.is_dir() else source.with_suffix(".html"))
     if target.suffix not in (".html", ".htm"):
         raise UsageError(f"{target}: the page's name must end in .html")
@@ -97,6 +97,8 @@ def _add_source(data: PageData, source: Path) -> Path | None:
     data.summary = _read_json(summary, dict)
     log = source / "log.json"
     data.training = _read_json(log, list) if log.is_file() else []
+    diagnostics = source / "diagnostics.json"
+    data.diagnostics = _read_json(diagnostics, dict) if diagnostics.is_file() else {}
     executables = sorted(source.glob("*.spx"))
     weights = sorted([*source.glob("*.safetensors")])
     if executables:

@@ -43,7 +43,7 @@ def train(
     debug: DebugOption = False,
 ) -> dict[str, Any]:
     """Train a sparse model by a recipe, convert it, and print accuracy, sparsity, speed and size."""
-    from sparse_engine.train import load_recipe, parse_setting, recipe_names, run
+    from sparse_engine.train import keep_freed_memory, load_recipe, parse_setting, recipe_names, run
 
     if show_recipes:
         recipes = {name: load_recipe(name).description for name in recipe_names()}
@@ -59,7 +59,12 @@ def train(
         raise UsageError("name the data: --data FOLDER, or --data digits to try a recipe at once")
     changes = dict(parse_setting(text) for text in settings or ())
     folder = out or Path("runs") / Path(recipe).stem
-    result = run(recipe, data, out=folder, resume=resume, device=device, progress=False if as_json else None, **changes)
+    shown = False if as_json else None
+    keep_freed_memory()  # this process is for training: the memory of one step serves the next
+    try:
+        result = run(recipe, data, out=folder, resume=resume, device=device, progress=shown, **changes)
+    finally:
+        keep_freed_memory(False)
     if not as_json:
         screen = console()
         screen.print(escape(str(result)))

@@ -62,16 +62,18 @@ class Objective:
         """Restore what ``state_dict`` returned."""
 
 
-class CrossEntropy(Objective):
-    """Cross entropy, with label smoothing that may anneal over the epochs.
+class Smoothed(Objective):
+    """Base of objectives whose hard part smooths the labels by ``current``, which anneals linearly over the epochs.
 
     Example::
 
-        objective = CrossEntropy(label_smoothing=0.1, final_label_smoothing=0.0)
+        class Mine(Smoothed):
+            def __call__(self, forward, batch):
+                return kd_loss(forward(batch.inputs), batch.targets, label_smoothing=self.current)
 
     Args:
         label_smoothing: ε at the first epoch.
-        final_label_smoothing: ε at the last epoch, reached linearly; the same as at the start when None.
+        final_label_smoothing: ε at the last epoch; the same as at the start when None.
     """
 
     def __init__(self, label_smoothing: float = 0.0, final_label_smoothing: float | None = None) -> None:
@@ -79,15 +81,27 @@ class CrossEntropy(Objective):
         self.last = label_smoothing if final_label_smoothing is None else final_label_smoothing
         self.current = self.first
 
-    def __call__(self, forward: Forward, batch: Batch) -> Tensor:
-        return kd_loss(forward(batch.inputs), batch.targets, label_smoothing=self.current, sample_weights=batch.weights)
-
     def start_epoch(self, epoch: int, epochs: int) -> None:
         share = epoch / (epochs - 1) if epochs > 1 else 1.0
         self.current = self.first + (self.last - self.first) * share
 
 
-class TeacherDistillation(Objective):
+class CrossEntropy(Smoothed):
+    """Cross entropy, with label smoothing that may anneal over the epochs.
+
+    Example::
+
+        objective = CrossEntropy(label_smoothing=0.1, final_label_smoothing=0.0)
+
+    Args:
+        label_smoothing, final_label_smoothing: as in :class:`Smoothed`.
+    """
+
+    def __call__(self, forward: Forward, batch: Batch) -> Tensor:
+        return kd_loss(forward(batch.inputs), batch.targets, label_smoothing=self.current, sample_weights=batch.weights)
+
+
+class TeacherDistillation(Smoothed):
     """Knowledge distillation from a frozen teacher that sees the same (augmented) inputs.
 
     Example::
@@ -98,9 +112,18 @@ class TeacherDistillation(Objective):
         teacher: a module; used in evaluation mode, without gradients, never changed. Not part of the state dict.
         alpha: share of the soft part; 1 ignores the labels exactly.
         temperature: T.
+        label_smoothing, final_label_smoothing: of the hard part, as in :class:`Smoothed`.
     """
 
-    def __init__(self, teacher: nn.Module, alpha: float = 0.9, temperature: float = 4.0) -> None:
+    def __init__(
+        self,
+        teacher: nn.Module,
+        alpha: float = 0.9,
+        temperature: float = 4.0,
+        label_smoothing: float = 0.0,
+        final_label_smoothing: float | None = None,
+    ) -> None:
+        super().__init__(label_smoothing, final_label_smoothing)
         self.teacher = teacher.eval().requires_grad_(False)
         self.alpha = alpha
         self.temperature = temperature
@@ -115,6 +138,7 @@ class TeacherDistillation(Objective):
             teacher_logits=theirs,
             alpha=self.alpha,
             temperature=self.temperature,
+            label_smoothing=self.current,
             sample_weights=batch.weights,
         )
 
@@ -122,7 +146,7 @@ class TeacherDistillation(Objective):
         return self  # the teacher is never changed, a copy would only cost memory
 
 
-class ClassWiseSelfDistillation(Objective):
+class ClassWiseSelfDistillation(Smoothed):
     """CS-KD: ``CE(z(x), y) + λ T² KL(softmax(z(x′)/T) ‖ softmax(z(x)/T))`` with x′ another sample of the same class
     (arXiv 2003.13964).
 
@@ -132,17 +156,27 @@ class ClassWiseSelfDistillation(Objective):
     Args:
         weight: λ, 1 in the paper, 3 for fine-grained data. With 0 the loss is plain cross entropy, bit for bit.
         temperature: T.
+        label_smoothing, final_label_smoothing: of the hard part, as in :class:`Smoothed`.
     """
 
     needs = frozenset({"pairs"})
 
-    def __init__(self, weight: float = 1.0, temperature: float = 4.0) -> None:
+    def __init__(
+        self,
+        weight: float = 1.0,
+        temperature: float = 4.0,
+        label_smoothing: float = 0.0,
+        final_label_smoothing: float | None = None,
+    ) -> None:
+        super().__init__(label_smoothing, final_label_smoothing)
         self.weight = weight
         self.temperature = temperature
 
     def __call__(self, forward: Forward, batch: Batch) -> Tensor:
         if self.weight == 0:
-            return kd_loss(forward(batch.inputs), batch.targets, sample_weights=batch.weights)
+            return kd_loss(
+                forward(batch.inputs), batch.targets, label_smoothing=self.current, sample_weights=batch.weights
+            )
         if batch.pair_inputs is None:
             raise SparseEngineError(
                 "class-wise self-distillation needs pair_inputs: another sample of the same class for each one; "
@@ -156,6 +190,7 @@ class ClassWiseSelfDistillation(Objective):
             teacher_logits=theirs,
             temperature=self.temperature,
             soft_weight=self.weight,
+            label_smoothing=self.current,
             sample_weights=batch.weights,
         )
 
@@ -216,7 +251,7 @@ class ProgressiveSelfDistillation(Objective):
         self.current = self.alpha * (epoch + 1) / max(1, epochs)
 
     def end_epoch(self) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if _distributed():
             mine = self.table.float() * self.seen[:, None]
             count = self.seen.float()
             torch.distributed.all_reduce(mine)
@@ -296,10 +331,26 @@ class LastBatchSelfDistillation(Objective):
         return type(self)(self.weight, self.temperature)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last": None if self.last is None else [part.cpu().clone() for part in self.last]}
+        """The last batch; under several processes each has its own part of it, and every process gets them all here."""
+        mine = None if self.last is None else [part.cpu().clone() for part in self.last]
+        if not _distributed():
+            return {"last": mine}
+        parts: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, mine)
+        return {"last": mine, "by_rank": parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.last = None if state["last"] is None else tuple(state["last"])  # type: ignore[assignment]
+        last = state["last"]
+        if "by_rank" in state or _distributed():
+            parts = state.get("by_rank", [last])
+            world = torch.distributed.get_world_size() if _distributed() else 1
+            if len(parts) != world:
+                raise SparseEngineError(
+                    f"the saved last batch is that of {len(parts)} process(es), this run has {world}; resume with as "
+                    "many processes as before"
+                )
+            last = parts[torch.distributed.get_rank() if _distributed() else 0]
+        self.last = None if last is None else tuple(last)  # type: ignore[assignment]
 
 
 class Supervised(Objective):
@@ -323,6 +374,10 @@ class Supervised(Objective):
             return self.loss(outputs, batch.targets)
         per_sample = self.loss(outputs, batch.targets, reduction="none")
         return (per_sample * batch.weights).sum() / len(batch)
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def as_objective(loss: Any) -> Objective:

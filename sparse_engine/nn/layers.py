@@ -207,7 +207,11 @@ class SparseLayer(nn.Module):
             if values.shape == self.values.shape:
                 self.values.copy_(values)
             else:
-                self.values.data = values.to(self.values)
+                # While a graph of an earlier step is alive (a loop still holds its loss), PyTorch's node that adds up
+                # this Parameter's gradient remembers the old size. It is forgotten where the type changes.
+                kept = values.to(self.values)
+                self.values.data = kept.new_empty(0, dtype=torch.complex64)
+                self.values.data = kept
         if gradient is not None and change is not None:
             self.values.grad = change.remap(gradient)
         elif gradient is not None and gradient.shape == self.values.shape:

@@ -87,10 +87,7 @@ def prune(
     sparsity = _checked_sparsity(sparsity, structure, weights)
     if scope not in ("global", "layer"):
         raise PruneError(f"scope is {scope!r}; it has to be 'global' or 'layer'")
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     objective = as_objective(loss)
-    if distribution is None and scope == "layer":
-        distribution = "uniform"
     new: dict[str, Tensor] = {}
     before = {name: mask for name, mask in masks(model).items() if name in weights}
     originals = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -100,19 +97,7 @@ def prune(
             current = {**before, **new}
             evidence = Evidence(data=data, objective=objective.for_scoring(), masks=current, seed=seed)
             scores = chosen.scores(model, weights, evidence)
-            for name, mask in current.items():
-                scores[name] = scores[name].masked_fill(~mask.to(scores[name].device), -torch.inf)
-            counts = (
-                layer_counts(shapes, density, distribution)
-                if distribution is not None
-                else round(density * sum(weight.numel() for weight in weights.values()))
-            )
-            new = select(scores, counts, structure, keep_one=keep_one)
-            if current:  # groups may hold weights that were removed before
-                new = {
-                    name: mask & current[name].to(mask.device) if name in current else mask
-                    for name, mask in new.items()
-                }
+            new = chosen_masks(scores, current, density, scope, distribution, structure, keep_one)
             with torch.no_grad():
                 for name, mask in new.items():
                     weights[name].data.masked_fill_(~mask, 0)
@@ -130,6 +115,44 @@ def prune(
             stacklevel=3,  # the package itself is called, which adds a frame
         )
     return report
+
+
+def chosen_masks(
+    scores: dict[str, Tensor],
+    current: Mapping[str, Tensor],
+    density: float,
+    scope: str = "global",
+    distribution: str | Mapping[str, float] | None = None,
+    structure: Structure | None = None,
+    keep_one: bool = False,
+) -> dict[str, Tensor]:
+    """One round: the masks that the scores ask for, within what is kept so far.
+
+    Example::
+
+        chosen_masks({"fc.weight": weight.abs()}, {}, density=0.1)
+
+    Args:
+        scores: by weight name, larger = keep; those of removed weights are overwritten.
+        current: masks so far; missing names are dense.
+        density: share of all weights to keep, 0 to 1.
+        scope, distribution, structure, keep_one: as in :func:`prune`.
+
+    Returns:
+        Bool masks of the scores' shapes.
+    """
+    for name, mask in current.items():
+        scores[name] = scores[name].masked_fill(~mask.to(scores[name].device), -torch.inf)
+    if distribution is None and scope == "layer":
+        distribution = "uniform"
+    counts: int | dict[str, int]
+    if distribution is not None:
+        counts = layer_counts({name: tuple(score.shape) for name, score in scores.items()}, density, distribution)
+    else:
+        counts = round(density * sum(score.numel() for score in scores.values()))
+    new = select(scores, counts, structure, keep_one=keep_one)
+    # groups may hold weights that were removed before
+    return {name: mask & current[name].to(mask.device) if name in current else mask for name, mask in new.items()}
 
 
 def _checked_sparsity(sparsity: float | None, structure: Structure, weights: Mapping[str, nn.Parameter]) -> float:

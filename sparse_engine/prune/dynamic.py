@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from sparse_engine.errors import PruneError
 from sparse_engine.structure import Block, Channel, Structure, Unstructured
 
-from .api import prune
-from .criteria import Criterion, Evidence, Weights
-from .masks import is_sparse_layer, masks, refuse_sharded, set_masks
+from .api import chosen_masks, prune
+from .criteria import Criterion, Evidence, Magnitude, Random, Weights, criterion_named
+from .masks import Ignore, all_weights, is_sparse_layer, masks, refuse_sharded, set_masks
 from .schedule import Cubic, Schedule
 from .select import group_scores, top_k_mask, ungroup
 
@@ -245,11 +245,15 @@ class GradualPruning:
         pruning = GradualPruning(model, final=0.9, schedule=Cubic(begin=0, end=5000, every=100))
         pruning.update(step)         # after each optimiser step
 
+    On layers of :mod:`sparse_engine.nn` the pattern shrinks in place and the optimiser's state shrinks with it.
+
     Args:
         model: dense or partly pruned.
         final: sparsity at the end.
         schedule: :class:`Cubic` or :class:`Periodic`.
-        criterion, options: as in :func:`sparse_engine.prune`.
+        criterion, options: as in :func:`sparse_engine.prune`. With sparse layers the criterion may look at the weights
+            alone (``magnitude``, ``random``, :class:`GivenScores`).
+        optimizer: of the weights; needed with sparse layers.
     """
 
     def __init__(
@@ -259,6 +263,7 @@ class GradualPruning:
         final: float,
         schedule: Schedule,
         criterion: str | Criterion = "magnitude",
+        optimizer: torch.optim.Optimizer | None = None,
         **options: Any,
     ) -> None:
         if not hasattr(schedule, "due"):
@@ -267,6 +272,7 @@ class GradualPruning:
         self.final = final
         self.schedule = schedule
         self.criterion = criterion
+        self.optimizer = optimizer
         self.options = options
 
     def update(self, step: int) -> bool:
@@ -274,8 +280,42 @@ class GradualPruning:
         if not self.schedule.due(step):
             return False
         sparsity = self.schedule.sparsity(step, self.final)
-        prune(self.model, sparsity=sparsity, criterion=self.criterion, schedule=1, **self.options)
+        if any(map(is_sparse_layer, self.model.modules())):
+            self._shrink(sparsity, **self.options)
+        else:
+            prune(self.model, sparsity=sparsity, criterion=self.criterion, schedule=1, **self.options)
         return True
+
+    @torch.no_grad()
+    def _shrink(
+        self,
+        sparsity: float,
+        structure: Structure | str | None = None,
+        scope: str = "global",
+        distribution: str | Mapping[str, float] | None = None,
+        ignore: Ignore = (),
+        keep_one: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """What ``prune`` does, by new patterns where layers are sparse."""
+        criterion = criterion_named(self.criterion)
+        if not isinstance(criterion, Magnitude | Random | GivenScores):
+            raise PruneError(
+                f"criterion {criterion.name!r} looks at more than the weights, which sparse layers do not offer; use "
+                "magnitude, random or given scores, or undo them with se.densify_(model)"
+            )
+        if self.optimizer is None:
+            raise PruneError("the model has sparse layers: pass optimizer=, whose state shrinks with them")
+        structure = Structure.parse(structure) if structure is not None else Unstructured()
+        weights = all_weights(self.model, ignore)
+        current = {name: mask for name, mask in masks(self.model).items() if name in weights}
+        scores = criterion.scores(self.model, weights, Evidence(masks=current, seed=seed))
+        new = chosen_masks(scores, current, 1 - sparsity, scope, distribution, structure, keep_one)
+        for name, mask in new.items():
+            module = self.model.get_submodule(name.rpartition(".")[0])
+            if is_sparse_layer(module) and not torch.equal(mask.cpu(), current[name].cpu()):
+                module.set_pattern_(mask).remap_optimizer_(self.optimizer, module.values)
+        set_masks(self.model, new)
 
 
 class GraNet:
@@ -311,7 +351,7 @@ class GraNet:
         **options: Any,
     ) -> None:
         self.pruning = GradualPruning(
-            model, final=final, schedule=schedule, structure=structure or Unstructured(), **options
+            model, final=final, schedule=schedule, optimizer=optimizer, structure=structure or Unstructured(), **options
         )
         stop = min(1.0, schedule.end / max(1, total_steps))
         self.rewiring = DynamicMask(

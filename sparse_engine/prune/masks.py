@@ -52,20 +52,30 @@ def prunable_weights(model: nn.Module, ignore: Ignore = ()) -> dict[str, nn.Para
         PruneError: if an entry of ``ignore`` matches nothing, which is nearly always a misspelling; if FSDP2 has
             already cut the weights into shards.
     """
+    return {n: w for n, w in all_weights(model, ignore).items() if isinstance(w, nn.Parameter)}
+
+
+def all_weights(model: nn.Module, ignore: Ignore = ()) -> dict[str, Tensor]:
+    """As :func:`prunable_weights`, and the weights of sparse layers among them, as dense copies without gradient.
+
+    Example::
+
+        all_weights(sparsified)["fc1.weight"].shape        # (300, 784), zeros where nothing is kept
+    """
     refuse_sharded(model, "choosing weights")
     rules = _Rules(ignore)
-    found: dict[str, nn.Parameter] = {}
+    found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for module_name, module in model.named_modules():
-        for attribute, parameter in _own_weights(module):
+        sparse = is_sparse_layer(module)
+        for attribute, weight in [("weight", module.weight.detach())] if sparse else _own_weights(module):
             name = f"{module_name}.{attribute}" if module_name else attribute
-            if id(parameter) in seen:
-                continue
-            if rules.match(model, module_name, module, name):
-                seen.add(id(parameter))
-                continue
-            seen.add(id(parameter))
-            found[name] = parameter
+            if not sparse:  # a copy's id says nothing
+                if id(weight) in seen:
+                    continue
+                seen.add(id(weight))
+            if not rules.match(model, module_name, module, name):
+                found[name] = weight
     rules.check(model)
     return found
 

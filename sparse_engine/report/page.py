@@ -30,6 +30,7 @@ class PageData:
         ceilings: what the machine allows.
         training: the rows of a training run's log.
         summary: the summary of a training run.
+        diagnostics: `diagnostics.json` of a training run.
         file_bytes: size of the file.
     """
 
@@ -46,6 +47,7 @@ class PageData:
     ceilings: Ceilings | None = None
     training: Sequence[Mapping[str, Any]] = ()
     summary: Mapping[str, Any] = field(default_factory=dict)
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
     file_bytes: int | None = None
 
 
@@ -69,6 +71,7 @@ def render_page(data: PageData) -> str:
     sections = [
         _cards(data),
         _training(data),
+        _diagnostics(data),
         _latency(data),
         _times(data),
         _roofline(data),
@@ -143,6 +146,40 @@ def _training(data: PageData) -> str:
     if not data.training:
         return ""
     return _section("Training", plots.plot_training(data.training), "Vertical lines separate the stages of the recipe.")
+
+
+def _diagnostics(data: PageData) -> str:
+    sections = []
+    flowing = [row for row in data.training if row.get("gradient_norm") is not None]
+    if flowing:
+        note = (
+            "Norm of the loss gradient over kept weights, on the same training samples after every epoch; overlap: "
+            "intersection over union with the mask that training began with."
+        )
+        sections.append(_section("Gradient flow", plots.plot_flow(flowing), note))
+    found = data.diagnostics
+    if found.get("density"):
+        note = "Logarithmic. Overlap, where masks moved: intersection over union of the first and the last mask."
+        overlaps = found.get("mask_overlap", {})
+        if "total" in overlaps:
+            note += f" Over all layers it is {overlaps['total']:.3f}."
+        sections.append(_section("Density by layer", plots.plot_density(found["density"], overlaps), note))
+    if found.get("loss_surface"):
+        surface = found["loss_surface"]
+        note = (
+            f"Cross entropy of {found.get('samples', 'some')} training samples on a plane through the trained weights, "
+            "along two random directions scaled to each filter's norm. Removed weights stay removed."
+        )
+        sections.append(_section("Loss surface", plots.plot_surface(surface["axis"], surface["losses"]), note))
+    if found.get("mean_jsv"):
+        rows = [
+            [when, f"{found['mean_jsv'][key]:.4g}"]
+            for key, when in (("before", "before training, masks chosen"), ("after", "after training"))
+            if found["mean_jsv"].get(key) is not None
+        ]
+        note = "Mean singular value of the input-output Jacobian; near 1, signals and gradients keep their size."
+        sections.append(_section("Conditioning", _table(["when", ">Mean-JSV"], rows), note))
+    return "\n".join(sections)
 
 
 def _latency(data: PageData) -> str:

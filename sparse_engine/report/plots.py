@@ -213,6 +213,64 @@ def plot_training(rows: Sequence[Mapping[str, Any]]) -> str:
     return _svg(figure, "training")
 
 
+@_styled
+def plot_flow(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Norm of the gradient over the epochs, and how much of the first mask each later one keeps."""
+    moved = any(isinstance(row.get("mask_overlap"), int | float) for row in rows)
+    figure, axes = _figure(9.2, 2.8, 2) if moved else _figure(7.2, 2.8)
+    left, right = axes if moved else (axes, None)
+    epochs = range(1, len(rows) + 1)
+    _line(left, epochs, [row.get("gradient_norm") for row in rows], SPARSE, "gradient")
+    left.set(xlabel="epoch", ylabel="gradient norm, kept weights", yscale="log")
+    left.xaxis.get_major_locator().set_params(integer=True)
+    if right is not None:
+        _line(right, epochs, [row.get("mask_overlap") for row in rows], ACCENT, "overlap")
+        right.set(xlabel="epoch", ylabel="overlap with the first mask", ylim=(0, 1.05))
+        right.xaxis.get_major_locator().set_params(integer=True)
+    return _svg(figure, "gradient flow")
+
+
+@_styled
+def plot_surface(axis: Sequence[float], losses: Sequence[Sequence[float | None]]) -> str:
+    """The loss on a plane through the trained weights, as contours; the weights are the cross in the middle."""
+    import numpy as np
+
+    figure, axes = _figure(4.8, 3.8)
+    heights = np.array([[np.nan if value is None else value for value in row] for row in losses], dtype=float)
+    drawn = axes.contourf(axis, axis, np.ma.masked_invalid(heights).T, levels=18, cmap="viridis")
+    figure.colorbar(drawn, label="loss")
+    axes.plot([0], [0], marker="+", color=ACCENT, ms=10, mew=2)
+    axes.set(xlabel="first direction", ylabel="second direction")
+    return _svg(figure, "loss surface")
+
+
+@_styled
+def plot_density(densities: Mapping[str, float], overlaps: Mapping[str, float]) -> str:
+    """Kept share of every layer on a logarithmic scale; a layer without any weight is marked in words."""
+    names = list(densities)[:60]
+    figure, axes = _bars_figure(len(names))
+    rows = range(len(names))
+    kept = [densities[name] for name in names]
+    low = min((100 * value for value in kept if value > 0), default=1.0) / 3
+    axes.barh(rows, [100 * value for value in kept], height=0.7, color=SPARSE)
+    for row, name in enumerate(names):
+        note = f"{100 * densities[name]:.3g} %" if densities[name] else "empty"
+        if name in overlaps and overlaps[name] < 1:
+            note += f", overlap {overlaps[name]:.2f}"
+        axes.annotate(
+            note, (max(100 * densities[name], low), row), xytext=(4, 0), textcoords="offset points", fontsize=7,
+            va="center",
+        )  # fmt: skip
+    axes.set_yticks(list(rows), [_shorten(name) for name in names], fontsize=8)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xscale("log")
+    axes.set_xlim(low, 1000)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.set_xlabel("kept weights, %")
+    return _svg(figure, "density by layer")
+
+
 def _apart(layers: Sequence[LayerTime]) -> list[LayerTime]:
     """Those whose labels would not lie on one another, the first ones first."""
     kept: list[LayerTime] = []

@@ -14,6 +14,7 @@ from sparse_engine.distill.batch import Batch
 from sparse_engine.distill.objectives import Objective, as_objective
 from sparse_engine.errors import SparseEngineError
 from sparse_engine.prune.criteria import Substituted, Untouched
+from sparse_engine.prune.masks import is_sparse_layer
 
 
 def mean_jacobian_singular_value(model: nn.Module, inputs: Tensor, limit: int = 16) -> float:
@@ -119,17 +120,25 @@ def gradient_flow(
 ) -> dict[str, float]:
     """L2 norm of the loss gradient over kept weights by layer, and over all of them as ``"total"``.
 
+    The model is in evaluation mode here, so that the curve over training shows the weights and not the noise of
+    dropout; it is left as found. Layers of :mod:`sparse_engine.nn` count under the name of their dense weight.
+
     Example::
 
         curve = [gradient_flow(model, batch)["total"] for _ in training()]
     """
     objective = as_objective(objective)
-    weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    sparse = {id(module.values): name for name, module in model.named_modules() if is_sparse_layer(module)}
+    weights = {name: p for name, p in model.named_parameters() if p.dim() > 1 or id(p) in sparse}
     with Untouched(model):
+        model.eval()
         leaves = {name: p.detach().clone().requires_grad_() for name, p in weights.items()}
         loss = objective(Substituted(model, leaves), batch)
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    squares = {n: float((g * (w != 0)).square().sum()) for (n, w), g in zip(weights.items(), gradients, strict=True)}
+    squares = {
+        f"{sparse[id(w)]}.weight" if id(w) in sparse else name: float((g * (w != 0)).square().sum())
+        for (name, w), g in zip(weights.items(), gradients, strict=True)
+    }
     return {**{name: value**0.5 for name, value in squares.items()}, "total": sum(squares.values()) ** 0.5}
 
 

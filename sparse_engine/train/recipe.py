@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -14,7 +16,7 @@ from typing import Any
 
 from sparse_engine.errors import RecipeError, SparseEngineError
 from sparse_engine.prune.criteria import CRITERIA
-from sparse_engine.structure import Structure
+from sparse_engine.structure import Block, Channel, Structure, Unstructured
 
 
 @dataclass
@@ -55,6 +57,7 @@ class TrainPart:
     clip_gradients: float | None = None
     amp: bool = False
     sparse_kernels: str = "auto"  # auto, always, never
+    test_every: int = 1  # epochs between looks at the test set; 0: only when the run is over
 
 
 @dataclass
@@ -65,7 +68,7 @@ class LossPart:
     weight: float = 1.0  # λ of CS-KD, α of DLB
     alpha: float | None = None  # α_T of PS-KD (0.8), share of the teacher in kd (None: by the fraction kept)
     temperature: float | None = None  # None: the paper's
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0  # of the hard part of cross_entropy, cs_kd and kd
     final_label_smoothing: float | None = None
 
 
@@ -179,6 +182,15 @@ class ConvertPart:
 
 
 @dataclass
+class DiagnosticsPart:
+    """What ``sparse-engine report`` shows of a run beside its curves; computed only when the run has a folder."""
+
+    enabled: bool = True
+    samples: int = 128  # training samples on which gradients and the loss surface are taken
+    points: int = 11  # of the loss surface, per side
+
+
+@dataclass
 class Recipe:
     """A whole run. Every part has defaults; :func:`load_recipe` reads one from YAML.
 
@@ -202,6 +214,7 @@ class Recipe:
     post: PostPart = field(default_factory=PostPart)
     stp: StpPart | None = None
     convert: ConvertPart = field(default_factory=ConvertPart)
+    diagnostics: DiagnosticsPart = field(default_factory=DiagnosticsPart)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it would be written in YAML."""
@@ -238,6 +251,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "train.momentum": (0, 1),
     "train.weight_decay": (0, float("inf")),
     "train.gamma": (0, 1),
+    "train.test_every": (0, float("inf")),
     "loss.alpha": (0, 1),
     "loss.label_smoothing": (0, 1),
     "loss.final_label_smoothing": (0, 1),
@@ -268,6 +282,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "stp.rounds": (1, float("inf")),
     "stp.calibration": (1, float("inf")),
     "convert.batch_size": (1, float("inf")),
+    "diagnostics.samples": (1, float("inf")),
+    "diagnostics.points": (3, 101),
 }
 
 
@@ -340,15 +356,30 @@ def _yaml(text: str, what: str) -> Any:
     import yaml
 
     try:
-        value = yaml.safe_load(text)
+        return yaml.load(text, _loader())
     except yaml.YAMLError as error:
         raise RecipeError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from None
-    if isinstance(value, str):  # YAML 1.1 reads 5e-4 as a text
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+
+
+@functools.cache
+def _loader() -> type:
+    """A safe loader with the numbers of YAML 1.2: to YAML 1.1, 5e-4 is a text and the structure 2:4 is 124 seconds."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    numbers = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float")}
+    Loader.yaml_implicit_resolvers = {
+        first: [entry for entry in entries if entry[0] not in numbers]
+        for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    digits = list("-+.0123456789")
+    whole = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
+    real = re.compile(r"[-+]?(([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))\Z|\.(nan|NaN|NAN)\Z")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", whole, digits)
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", real, digits)
+    return Loader
 
 
 def _plain(value: Any) -> Any:
@@ -431,19 +462,31 @@ def _check(recipe: Recipe) -> None:
             Structure.parse(recipe.prune.structure)
         except SparseEngineError as error:
             raise RecipeError(f"{recipe.name}: prune.structure: {error}") from None
+        try:
+            CRITERIA[recipe.prune.criterion](**recipe.prune.options)
+        except (TypeError, SparseEngineError) as error:
+            text = str(error).rpartition("__init__() ")[2]
+            raise RecipeError(f"{recipe.name}: prune.options of criterion {recipe.prune.criterion}: {text}") from None
+        _check_dynamic(recipe)
         if recipe.prune.sparsity is None and recipe.prune.structure in ("unstructured", "channel"):
             raise RecipeError(f"{recipe.name}: prune.sparsity is needed for structure {recipe.prune.structure}")
     elif recipe.dynamic.name != "none":
         raise RecipeError(
             f"{recipe.name}: dynamic.name is {recipe.dynamic.name!r}, which needs a prune: part with a sparsity"
         )
-    if recipe.loss.name == "kd" and recipe.teacher is None:
-        raise RecipeError(f"{recipe.name}: loss.name is 'kd', which needs a teacher: part (epochs or a checkpoint)")
-    if (
-        recipe.teacher is not None
-        and recipe.loss.name == "kd"
-        and not (recipe.teacher.epochs or recipe.teacher.checkpoint)
-    ):
+    smoothed = recipe.loss.label_smoothing or recipe.loss.final_label_smoothing
+    if smoothed and recipe.loss.name not in ("cross_entropy", "cs_kd", "kd"):
+        raise RecipeError(
+            f"{recipe.name}: loss.label_smoothing is not known to loss {recipe.loss.name!r}; it goes with "
+            "cross_entropy, cs_kd and kd"
+        )
+    losses = {"loss.name": recipe.loss.name}
+    losses |= {"pretrain.loss": recipe.pretrain.loss} if recipe.pretrain else {}
+    losses |= {"prune.loss": recipe.prune.loss} if recipe.prune else {}
+    taught = [key for key, name in losses.items() if name == "kd"]
+    if taught and recipe.teacher is None:
+        raise RecipeError(f"{recipe.name}: {taught[0]} is 'kd', which needs a teacher: part (epochs or a checkpoint)")
+    if taught and recipe.teacher is not None and not (recipe.teacher.epochs or recipe.teacher.checkpoint):
         raise RecipeError(f"{recipe.name}: teacher needs epochs > 0 or a checkpoint")
     if recipe.coreset is not None and recipe.coreset.fraction <= 0:
         raise RecipeError(f"{recipe.name}: coreset.fraction is {recipe.coreset.fraction}; it has to be above 0")
@@ -457,6 +500,26 @@ def _check(recipe: Recipe) -> None:
     if any(not 0 <= milestone <= 1 for milestone in recipe.train.milestones):
         raise RecipeError(
             f"{recipe.name}: train.milestones are shares of training, 0..1; got {recipe.train.milestones}"
+        )
+
+
+def _check_dynamic(recipe: Recipe) -> None:
+    """What would otherwise be found at the first change of the masks, in the middle of training."""
+    part, pruning = recipe.dynamic, recipe.prune
+    if part.name == "none" or pruning is None:
+        return
+    structure = Structure.parse(pruning.structure)
+    if not isinstance(structure, Unstructured | Block | Channel):
+        raise RecipeError(
+            f"{recipe.name}: dynamic.name is {part.name!r}, but masks of structure {structure} cannot move yet; use "
+            "unstructured, block or channel"
+        )
+    if pruning.sparsity is None:
+        raise RecipeError(f"{recipe.name}: prune.sparsity is needed for dynamic.name {part.name}")
+    if part.name in ("granet", "gradual") and not part.begin < part.stop:
+        raise RecipeError(
+            f"{recipe.name}: dynamic.begin={part.begin:g} has to be below dynamic.stop={part.stop:g}, or the sparsity "
+            "is never reached"
         )
 
 

@@ -13,6 +13,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,14 @@ from sparse_engine.structure import Structure, Unstructured
 from . import models
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import ArrayData, as_array_data, load_data
+from .diagnostics import gradient_flow, loss_surface, mask_overlap, mean_jacobian_singular_value
 from .distributed import Processes, agree, join, leave
 from .evaluate import accuracy, outputs
 from .log import Progress, RunLog, plot_run
-from .loop import EpochResult, Mechanism, NotFiniteError, Phase, fit
+from .loop import EpochResult, Mechanism, NotFiniteError, Phase, autocast, fit
 from .mechanisms import Forgetting, GateTraining, Helpers, InfoBatch, Rewiring
 from .post import PostPruning
-from .recipe import ModelPart, Recipe, TrainPart, load_recipe, recipe_names
+from .recipe import ModelPart, PrunePart, Recipe, TrainPart, load_recipe, recipe_names
 from .source import BatchSource
 from .stp import StimulativeTraining
 from .supernet import Supernet
@@ -311,7 +313,12 @@ class _Run:
         assert part is not None
         mechanisms: list[Mechanism] = []
         self.gates = None
+        data = self._kept_data()
         if part.gates != "none":
+            x = data.batch(torch.arange(min(self.recipe.train.batch_size, len(data))), augment=False).inputs
+            context = autocast(self.recipe.train, torch.device(self.device))
+            self.model.train()
+            (plain_ms,) = _step_ms([self.model], x.to(self.device), context)
             self.gates = LearnedMasks(
                 self.model,
                 part.gates,
@@ -322,7 +329,13 @@ class _Run:
                 ignore=self._ignore(),
             )
             mechanisms.append(GateTraining(self.gates, part.gate_learning_rate))
-        data = self._kept_data()
+            (gated_ms,) = _step_ms([self.model], x.to(self.device), context)
+            if "gated_step_ms" not in self.carry:
+                self.carry["gated_step_ms"], self.carry["plain_step_ms"] = gated_ms, plain_ms
+                self.progress.say(
+                    f"training {len(self.gates.gates)} layers with learned gates: forward and backward of a batch take "
+                    f"{gated_ms:.2f} ms against {plain_ms:.2f} ms without them"
+                )
         objective = self._objective(part.loss or self.recipe.loss.name, data)
         return self._phase("pretrain", self.model, objective, data, part.epochs, mechanisms, salt=2)
 
@@ -374,6 +387,7 @@ class _Run:
                 f"({', '.join(report.collapsed)}): "
                 "nothing could be learned. Set prune.keep_one=true, prune.distribution=erk or a lower prune.sparsity; "
                 "prune.allow_collapse=true trains on regardless"
+                + ("; with --resume what was trained before is kept" if self.folder is not None else "")
             )
         set_masks(self.model, agree(masks(self.model), self.processes))
         self.carry.pop("gate_scores", None)
@@ -391,6 +405,8 @@ class _Run:
         if recipe.coreset is not None and recipe.coreset.score == "infobatch":
             order = coreset.InfoBatchOrder(len(data), epochs, ratio=1 - recipe.coreset.fraction)
             mechanisms.append(InfoBatch(order))
+        if self._diagnosed and "jacobian" not in self.carry:
+            self.carry["jacobian"] = [self._mean_jacobian()]
         self._use_sparse_kernels(data)
         self.post = None
         if recipe.post.soft_activations or recipe.post.skip_connections:
@@ -417,6 +433,8 @@ class _Run:
         kept = masks(self.model)
         densify_(self.model)
         set_masks(self.model, kept)
+        if self._diagnosed and kept and self.carry["masks"].keys() == kept.keys():
+            self.carry["overlap"] = mask_overlap(self.carry["masks"], kept)
         if self.stp is not None:
             self._take_subnet()
         self._remember_model()
@@ -438,42 +456,70 @@ class _Run:
             save_compact(self.model, self.folder / "compact.safetensors")
 
     def _use_sparse_kernels(self, data: ArrayData) -> None:
-        """Put sparse layers where a training step on them is faster, and print what that gains.
+        """Put sparse layers where a training step on them is faster, and print the time of a step beside that of the
+        dense and masked network.
 
-        Masks that shrink during training (granet, gradual, iterative) start dense and stay so.
+        The masks that training begins with decide: what starts dense (granet, gradual and iterative without an initial
+        sparsity) is dense and masked to the end, unless ``train.sparse_kernels`` is ``always``.
         """
-        mode = self.recipe.train.sparse_kernels
-        fits = self.recipe.dynamic.name in ("none", "rigl", "set") and masks(self.model) and not self.recipe.train.amp
-        if mode == "never" or not fits or self.device != "cpu":
-            if mode == "always":
-                raise RecipeError(
-                    "train.sparse_kernels is always, but that needs a pruned model on the CPU without amp, "
-                    "with fixed masks, rigl or set"
-                )
-            return
         kept = masks(self.model)
-        names = self.carry.get("sparse_layers")
-        x = data.batch(torch.arange(min(self.recipe.train.batch_size, len(data))), augment=False).inputs
-        self.model.train()
-        if names is None:
-            trial = copy.deepcopy(self.model)
-            report = sparsify_(trial, example_inputs=x, force=mode == "always")
-            names = agree([layer.name for layer in report.layers if layer.sparse], self.processes)
-        if names:
+        if not kept:
+            return
+        if "sparse_layers" not in self.carry:  # a resumed run has chosen and timed already
+            self._choose_sparse_layers(data, kept, self._why_no_sparse_kernels())
+        if self.carry["sparse_layers"]:
             # the pattern comes from the masks: a kept weight may be zero
-            dense_ms = None if "sparse_layers" in self.carry else _step_ms(self.model, x)
-            put_sparse_layers_(self.model, names, kept)
-            if dense_ms is not None:
-                sparse_ms = _step_ms(self.model, x)
-                self.carry["dense_step_ms"], self.carry["sparse_step_ms"] = dense_ms, sparse_ms
-                self.progress.say(
-                    f"training {len(names)} of {len(kept)} layers on sparse kernels: forward and backward of a "
-                    "batch take "
-                    f"{sparse_ms:.2f} ms against {dense_ms:.2f} ms dense and masked"
-                )
+            put_sparse_layers_(self.model, self.carry["sparse_layers"], kept)
+
+    def _choose_sparse_layers(self, data: ArrayData, kept: dict[str, Tensor], why_not: str) -> None:
+        """The layers that a step is faster with, as a whole: layers that win alone may lose together."""
+        part = self.recipe.train
+        x = data.batch(torch.arange(min(part.batch_size, len(data))), augment=False).inputs.to(self.device)
+        self.model.train()
+        context = autocast(part, x.device)
+        names: list[str] = []
+        if not why_not:
+            report = sparsify_(copy.deepcopy(self.model), example_inputs=x, force=part.sparse_kernels == "always")
+            names = agree([layer.name for layer in report.layers if layer.sparse], self.processes)
+        contenders = [self.model]
+        if names:
+            contenders.append(copy.deepcopy(self.model))
+            put_sparse_layers_(contenders[1], names, kept)
+        dense_ms, *sparse_ms = agree(_step_ms(contenders, x, context), self.processes)
+        self.carry["dense_step_ms"] = dense_ms
+        alone = f"forward and backward of a batch take {dense_ms:.2f} ms"
+        if not names:
+            why = why_not or "no layer is faster on the sparse kernels at this size"
+            self.progress.say(f"training dense and masked ({why}): {alone}")
+        elif part.sparse_kernels == "auto" and sparse_ms[0] >= dense_ms:
+            self.progress.say(
+                f"training dense and masked: {alone} against {sparse_ms[0]:.2f} ms with {len(names)} of {len(kept)} "
+                "layers on sparse kernels"
+            )
+            names = []
         else:
-            self.progress.say("training dense and masked: no layer is faster on the sparse kernels at this size")
+            self.carry["sparse_step_ms"] = sparse_ms[0]
+            self.progress.say(
+                f"training {len(names)} of {len(kept)} layers on sparse kernels: forward and backward of a batch "
+                f"take {sparse_ms[0]:.2f} ms against {dense_ms:.2f} ms dense and masked"
+            )
         self.carry["sparse_layers"] = names
+
+    def _why_no_sparse_kernels(self) -> str:
+        """Why this run trains dense and masked whatever its layers; empty where it may use sparse kernels."""
+        part = self.recipe.train
+        if part.sparse_kernels == "never":
+            return "train.sparse_kernels is never"
+        if self.recipe.prune is None:
+            return "the recipe prunes nothing"
+        if self.device != "cpu":
+            return f"it trains on {self.device}"
+        if part.amp:
+            return "train.amp is on, and the sparse kernels train in float32"
+        if self.recipe.dynamic.name not in ("none", "rigl", "set") and self.processes.world > 1:
+            # DistributedDataParallel fixes the size of every parameter when it begins
+            return f"masks of {self.recipe.dynamic.name} shrink, which several processes cannot follow on sparse layers"
+        return ""
 
     def _dynamic(self) -> list[Mechanism]:
         part, pruning = self.recipe.dynamic, self.recipe.prune
@@ -512,7 +558,9 @@ class _Run:
         if part.name == "gradual":
             return [
                 Rewiring(
-                    lambda phase: GradualPruning(phase.model, final=final, schedule=cubic(phase), **options),
+                    lambda phase: GradualPruning(
+                        phase.model, final=final, schedule=cubic(phase), optimizer=phase.optimizer, **options
+                    ),
                     before=False,
                 )
             ]
@@ -524,6 +572,7 @@ class _Run:
                     schedule=Periodic.iterative(
                         part.rounds, max(1, int(part.stop * phase.total_steps / part.rounds)), begin=1
                     ),
+                    optimizer=phase.optimizer,
                     **options,
                 ),
                 before=False,
@@ -556,16 +605,20 @@ class _Run:
             "full_test_accuracy",
             "stp",
             "gate_openness",
+            "gated_step_ms",
+            "plain_step_ms",
             "dense_step_ms",
             "sparse_step_ms",
         ):
             if key in self.carry:
                 summary[key] = self.carry[key]
+        if self.folder is not None and self.processes.first:
+            self._write_results(summary, report)  # before the conversion, whatever that finds
         executable = None
         if self.recipe.convert.enabled and self.processes.first:
             executable = self._convert(summary)
-        if self.folder is not None and self.processes.first:
-            self._write_results(summary, report)
+            if self.folder is not None:
+                atomic_write_text(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         return RunResult(self.model, summary, self.log.rows, self.folder, report, executable)
 
     def _convert(self, summary: dict[str, Any]) -> Any:
@@ -607,8 +660,43 @@ class _Run:
             file.write(save(state))
         atomic_write_text(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         atomic_write_text(self.folder / "sparsity.json", json.dumps(report.to_dict(), indent=1) + "\n")
+        if self._diagnosed:
+            atomic_write_text(self.folder / "diagnostics.json", json.dumps(self._diagnose(report), indent=1) + "\n")
         densities = {layer.name: 1 - layer.sparsity for layer in report.layers}
         plot_run(self.log.rows, densities, self.folder)
+
+    # --- diagnostics ------------------------------------------------------------------------------------------------
+
+    @property
+    def _diagnosed(self) -> bool:
+        return self.recipe.diagnostics.enabled and self.folder is not None
+
+    def _probe(self) -> Batch:
+        """The same training samples every time, without augmentation."""
+        data = self._kept_data()
+        count = min(self.recipe.diagnostics.samples, len(data))
+        return data.batch(torch.arange(count), augment=False).to(self.device)
+
+    def _mean_jacobian(self) -> float:
+        # a Jacobian costs a backward pass per class
+        limit = max(1, 160 // self.train.classes)
+        return mean_jacobian_singular_value(self.model, self._probe().inputs, limit=min(16, limit))
+
+    def _diagnose(self, report: PruneReport) -> dict[str, Any]:
+        """What the report page shows of the trained model, as plain data."""
+        self.model.to(self.device)
+        probe = self._probe()
+        axis, losses = loss_surface(self.model, probe, points=self.recipe.diagnostics.points)
+        found = {
+            "mean_jsv": {"before": self.carry["jacobian"][0], "after": self._mean_jacobian()},
+            "loss_surface": {"axis": axis.tolist(), "losses": [[_plain_number(v) for v in row] for row in losses]},
+            "gradient_flow": gradient_flow(self.model, probe),
+            "mask_overlap": self.carry.get("overlap", {}),
+            "density": {layer.name: 1 - layer.sparsity for layer in report.layers},
+            "samples": len(probe),
+        }
+        self.model.cpu()
+        return found
 
     # --- pieces -----------------------------------------------------------------------------------------------------
 
@@ -656,8 +744,9 @@ class _Run:
 
     def _objective(self, name: str, data: ArrayData) -> Objective:
         part = self.recipe.loss
+        smoothing = (part.label_smoothing, part.final_label_smoothing)
         if name == "cs_kd":
-            return ClassWiseSelfDistillation(part.weight, part.temperature or 4.0)
+            return ClassWiseSelfDistillation(part.weight, part.temperature or 4.0, *smoothing)
         if name == "ps_kd":
             alpha = 0.8 if part.alpha is None else part.alpha
             return ProgressiveSelfDistillation(data.labels, data.classes, alpha)
@@ -668,8 +757,8 @@ class _Run:
                 raise RecipeError("loss 'kd' needs a trained teacher; give the recipe a teacher: part")
             fraction = self.recipe.coreset.fraction if self.recipe.coreset is not None else 1.0
             alpha = coreset.default_alpha(fraction) if part.alpha is None else part.alpha
-            return TeacherDistillation(self.teacher, alpha, part.temperature or 4.0)
-        return CrossEntropy(part.label_smoothing, part.final_label_smoothing)
+            return TeacherDistillation(self.teacher, alpha, part.temperature or 4.0, *smoothing)
+        return CrossEntropy(*smoothing)
 
     def _phase(
         self,
@@ -745,6 +834,8 @@ class _Run:
             raise RecipeError(
                 f"the model returns {shape} for {len(x)} samples; {self.train.name} has {self.train.classes} classes"
             )
+        if self.recipe.train.sparse_kernels == "always" and (why_not := self._why_no_sparse_kernels()):
+            raise RecipeError(f"train.sparse_kernels is always, but {why_not}")
         part = self.recipe.prune
         if part is None:
             return
@@ -788,7 +879,10 @@ class _Run:
                     "out folder"
                 )
             saved = load_checkpoint(path)
-            different = _differences(json.loads(saved["recipe"]), json.loads(json.dumps(self.recipe.to_dict())))
+            then = load_recipe(json.loads(saved["recipe"])).to_dict()  # what newer versions added has its default
+            different = _differences(json.loads(json.dumps(then)), json.loads(json.dumps(self.recipe.to_dict())))
+            ahead = self._ahead(saved)
+            different = [text for text in different if not text.startswith(ahead)]
             if different:
                 raise SparseEngineError(
                     f"the run in {self.folder} was made with another recipe ({'; '.join(different[:5])}); "
@@ -799,6 +893,16 @@ class _Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             atomic_write_text(self.folder / "recipe.json", json.dumps(self.recipe.to_dict(), indent=1) + "\n")
         return saved
+
+    def _ahead(self, saved: dict[str, Any]) -> tuple[str, ...]:
+        """Settings that a resumed run may change, because no stage that is done or under way has used them: what is
+        said about a collapsed layer or a failed conversion can then be followed without training again."""
+        keys = ["convert.", "diagnostics."]
+        upcoming = [stage.name for stage in self._stages()][saved["stage"] :]
+        if saved["phase"] is None and "prune" in upcoming:
+            # prune.ignore has decided already which weights got gates
+            keys += ["dynamic.", "post.", *(f"prune.{key}" for key in vars(PrunePart()) if key != "ignore")]
+        return tuple(keys)
 
     def _save(self, stage: int, epoch: int, phase: Phase | None) -> None:
         if self.folder is None:
@@ -818,13 +922,15 @@ class _Run:
         save_checkpoint(self.folder / "checkpoint.pt", content)
 
     def _log_epoch(self, stage: str, phase: Phase, result: EpochResult) -> None:
-        tested = accuracy(phase.model, self.test, device=self.device)
+        every, done = self.recipe.train.test_every, result.epoch + 1
+        due = every and (done % every == 0 or done == phase.epochs)
+        tested = accuracy(phase.model, self.test, device=self.device) if due else None
         current = masks(phase.model)
         kept = sum(int(mask.sum()) for mask in current.values())
         size = sum(mask.numel() for mask in current.values())
         row = {
             "phase": stage,
-            "epoch": result.epoch + 1,
+            "epoch": done,
             "loss": result.loss,
             "train_accuracy": result.accuracy,
             "test_accuracy": tested,
@@ -832,11 +938,23 @@ class _Run:
             "sparsity": 1 - kept / size if size else 0.0,
             "step_ms": 1e3 * result.seconds / max(1, result.steps),
         }
+        if self._diagnosed:
+            row["gradient_norm"] = gradient_flow(phase.model, self._probe())["total"]
+            before = self.carry["masks"]
+            if stage == "train" and current and before.keys() == current.keys():
+                row["mask_overlap"] = mask_overlap(before, current)["total"]
         self.log.add(row)
         self.progress.say(
-            f"{stage} {result.epoch + 1}/{phase.epochs}  loss {result.loss:.4f}  train {result.accuracy:.4f}  "
-            f"test {tested:.4f}  {row['step_ms']:.1f} ms/step"
+            f"{stage} {done}/{phase.epochs}  loss {result.loss:.4f}  train {result.accuracy:.4f}  "
+            + (f"test {tested:.4f}  " if due else "")
+            + f"{row['step_ms']:.1f} ms/step"
         )
+
+
+def _plain_number(value: Tensor) -> float | None:
+    """As JSON knows it: far from the centre a loss can overflow."""
+    number = float(value)
+    return number if math.isfinite(number) else None
 
 
 def _prune_quietly(model: nn.Module, **options: Any) -> PruneReport:
@@ -870,16 +988,29 @@ def put_sparse_layers_(model: nn.Module, names: list[str], kept: dict[str, Tenso
         setattr(model.get_submodule(parent), child, kind.from_dense(module, kept[f"{name}.weight"]))
 
 
-def _step_ms(model: nn.Module, x: Tensor, rounds: int = 7) -> float:
-    """Median time of a forward and backward pass; the model is left as found."""
-    times = []
-    with Untouched(model):
-        for _ in range(rounds):
-            began = time.perf_counter()
-            parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            torch.autograd.grad(model(x).square().sum(), parameters, allow_unused=True)
-            times.append(1e3 * (time.perf_counter() - began))
-    return sorted(times)[rounds // 2]
+def _step_ms(
+    models: list[nn.Module],
+    x: Tensor,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    rounds: int = 9,
+) -> list[float]:
+    """Median milliseconds of a forward and backward pass of each model, in turns; models and random state are left as
+    found."""
+    times: list[list[float]] = [[] for _ in models]
+    with torch.random.fork_rng(devices=[]):
+        for turn in range(rounds + 1):
+            for model, mine in zip(models, times, strict=True):
+                parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+                with Untouched(model):
+                    began = time.perf_counter()
+                    with context():
+                        loss = model(x).float().square().sum()
+                    torch.autograd.grad(loss, parameters, allow_unused=True)
+                    if x.is_cuda:
+                        torch.cuda.synchronize(x.device)
+                    if turn:  # the first turn allocates and plans
+                        mine.append(1e3 * (time.perf_counter() - began))
+    return [sorted(mine)[rounds // 2] for mine in times]
 
 
 def _read_weights(path: str) -> dict[str, Tensor]:
@@ -920,6 +1051,13 @@ def _summary_text(summary: dict[str, Any]) -> str:
         lines.append(
             f"training step (forward and backward): {summary['sparse_step_ms']:.2f} ms on sparse kernels against "
             f"{summary['dense_step_ms']:.2f} ms dense and masked"
+        )
+    elif "dense_step_ms" in summary:
+        lines.append(f"training step (forward and backward): {summary['dense_step_ms']:.2f} ms, dense and masked")
+    if "gated_step_ms" in summary:
+        lines.append(
+            f"with learned gates it was {summary['gated_step_ms']:.2f} ms against {summary['plain_step_ms']:.2f} ms "
+            "without"
         )
     if "speedup" in summary:
         lines.append(

@@ -227,6 +227,10 @@ def test_report_of_a_training_run(cli, folder, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert "97.31" in page
     assert "Training" in page
+    assert "Loss surface" not in page
+    (run / "diagnostics.json").write_text(json.dumps({"mean_jsv": {"before": 0.0271, "after": 0.5}}))
+    cli("report run --no-measure -o page.html")
+    assert "0.0271" in (tmp_path / "page.html").read_text()
 
 
 def test_train_hands_everything_on(cli, monkeypatch, tmp_path):
@@ -237,6 +241,8 @@ def test_train_hands_everything_on(cli, monkeypatch, tmp_path):
         return SimpleNamespace(summary={"test_accuracy": 0.5}, __str__=lambda self: "done")
 
     monkeypatch.setattr(se.train, "run", run)
+    told = []
+    monkeypatch.setattr(se.train, "keep_freed_memory", lambda keep=True: told.append(keep))
     data = cli("train epsd --data digits --set train.epochs=3 --set prune.sparsity=0.95 --resume --json").data
     assert data["summary"] == {"test_accuracy": 0.5}
     assert seen["recipe"], seen["data"] == ("epsd", "digits")
@@ -244,6 +250,7 @@ def test_train_hands_everything_on(cli, monkeypatch, tmp_path):
     assert seen["prune.sparsity"] == 0.95
     assert seen["resume"] is True
     assert str(seen["out"]) == os.path.join("runs", "epsd")
+    assert told == [True, False]
 
 
 def test_train_lists_its_recipes(cli):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -165,6 +167,28 @@ def test_label_smoothing_anneals_linearly():
         objective.start_epoch(epoch, 3)
         seen.append(objective.current)
     assert seen == pytest.approx([0.1, 0.05, 0.0])
+
+
+@pytest.mark.parametrize("make", [ClassWiseSelfDistillation, lambda **o: TeacherDistillation(net(), 0.5, **o)])
+def test_smoothed_labels_go_with_distillation_and_anneal(make):
+    torch.manual_seed(0)
+    model, b = net(), batch()
+    objective = make(label_smoothing=0.2, final_label_smoothing=0.0)
+    plain = copy.deepcopy(objective)
+    plain.first = plain.last = plain.current = 0.0
+    hard = 0.5 if isinstance(objective, TeacherDistillation) else 1.0
+
+    def difference() -> float:
+        return (objective(model, b) - plain(model, b)).item()
+
+    z = model(b.inputs)
+    smooth, sharp = F.cross_entropy(z, b.targets, label_smoothing=0.2), F.cross_entropy(z, b.targets)
+    want = hard * (smooth - sharp).item()
+    assert difference() == pytest.approx(want, rel=1e-4)
+    objective.start_epoch(1, 3)
+    assert objective.current == pytest.approx(0.1)
+    objective.start_epoch(2, 3)
+    assert difference() == 0
 
 
 def test_sample_weights_scale_each_sample():

@@ -502,6 +502,19 @@ def test_set_pattern_to_nothing_and_back(pair):
     check(sparse, sparse.to_dense(), x)
 
 
+def test_set_pattern_while_the_graph_of_an_earlier_step_is_alive(pair):
+    _dense, sparse, x = pair
+    values = sparse.values
+    losses = []  # a training loop holds its last loss while the next one is computed
+    for seed, share in enumerate((0.2, 0.7, 0.4)):
+        sparse.set_pattern_(torch.rand(sparse.weight.shape, generator=torch.Generator().manual_seed(seed)) < share)
+        sparse.values.grad = None
+        losses.append(sparse(x).square().sum())
+        losses[-1].backward()
+        assert sparse.values is values
+        assert sparse.values.grad.shape == values.shape == (sparse.mask.sum(),)
+
+
 def test_set_pattern_refuses_what_does_not_fit(pair):
     _, sparse, _ = pair
     with pytest.raises(StructureError, match="does not fit a weight"):

@@ -142,6 +142,56 @@ def test_sparse_layers_move_like_masked_dense_ones(method):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("make", ["granet", "gradual"])
+@pytest.mark.parametrize("options", [{}, {"scope": "layer", "distribution": "erk"}, {"ignore": ["0"]}], ids=str)
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_sparse_layers_shrink_like_masked_dense_ones(make, options, kind):
+    dense, sparse = problem(), problem(sparse=True)
+    for model, _, x, y in (dense, sparse):
+        optimizer = kind(model.parameters(), lr=0.01, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
+        schedule = Cubic(0, 16, 4, initial=0.8)
+        if make == "granet":
+            rewiring = GraNet(model, optimizer, final=0.95, schedule=schedule, total_steps=20, **options)
+        else:
+            rewiring = GradualPruning(model, final=0.95, schedule=schedule, optimizer=optimizer, **options)
+        values = [m.values for m in model.modules() if hasattr(m, "values")]
+        with hold_masks(model, optimizer, mask_gradients=True):
+            for step in range(1, 21):
+                if make == "granet":
+                    rewiring.prepare(step)
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                if make == "gradual":
+                    optimizer.step()
+                    rewiring.update(step)
+                elif not rewiring.update(step):
+                    optimizer.step()
+        # the parameters are the same objects, and so is their optimiser state
+        assert [id(m.values) for m in model.modules() if hasattr(m, "values")] == list(map(id, values))
+        for parameter in values:
+            assert all(v.shape == parameter.shape for v in optimizer.state[parameter].values() if v.dim())
+    for name, mask in se.masks(dense[0]).items():
+        assert torch.equal(se.masks(sparse[0])[name], mask), name
+    sizes = {
+        name: mask.numel() for name, mask in se.masks(dense[0]).items() if "ignore" not in options or name[0] != "0"
+    }
+    kept = sum(int(se.masks(sparse[0])[name].sum()) for name in sizes)
+    assert kept == round(0.05 * sum(sizes.values()))
+    se.densify_(sparse[0])
+    for a, b in zip(dense[0].parameters(), sparse[0].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_what_sparse_layers_cannot_shrink_by_is_named():
+    model, optimizer, _, _ = problem(sparse=True)
+    with pytest.raises(PruneError, match="pass optimizer="):
+        GradualPruning(model, final=0.9, schedule=Cubic(0, 4, 2)).update(2)
+    with pytest.raises(PruneError, match="'snip' looks at more than the weights"):
+        GradualPruning(model, final=0.9, schedule=Cubic(0, 4, 2), criterion="snip", optimizer=optimizer).update(2)
+    with pytest.raises(PruneError, match="matches no module"):
+        GradualPruning(model, final=0.9, schedule=Cubic(0, 4, 2), optimizer=optimizer, ignore=["9"]).update(2)
+
+
 def test_the_masks_rest_after_the_stop():
     model, optimizer, _, _ = problem()
     rewiring = DynamicMask(model, optimizer, total_steps=40, every=5, stop=0.5)

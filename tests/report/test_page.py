@@ -82,9 +82,17 @@ def _data(name: str = "layer1.0.conv1") -> PageData:
         ceilings=Ceilings(200.0, 20.0, 2, 230.0, 60.0),
         training=[
             {"phase": "prune", "loss": 2.0, "train_accuracy": 0.3},
-            {"phase": "train", "loss": 1.0, "test_accuracy": 0.6},
+            {"phase": "train", "loss": 1.0, "test_accuracy": 0.6, "gradient_norm": 0.5, "mask_overlap": 0.9},
         ],
         summary={"test_accuracy": 0.6, "data": "digits"},
+        diagnostics={
+            "mean_jsv": {"before": 0.0123, "after": 0.4567},
+            "loss_surface": {"axis": [-1.0, 0.0, 1.0], "losses": [[3.0, 2.0, None], [2.0, 1.0, 2.0], [3.0, 2.0, 3.0]]},
+            "gradient_flow": {name: 0.5, "total": 0.5},
+            "mask_overlap": {name: 0.625, "total": 0.625},
+            "density": {name: 0.1, "empty": 0.0},
+            "samples": 128,
+        },
     )
 
 
@@ -140,11 +148,17 @@ def test_the_page_shows_everything():
         "60.00 %",
         "because layer1.0.conv1",
         "no native kernel",
+        "0.0123",
+        "0.4567",
+        "overlap 0.62",
+        "empty",
+        "128 training samples",
     ):
         assert part in text, part
-    for title in ("Latency", "Where the time goes", "Roofline", "Sparsity by layer", "Layers", "Notes", "Training"):
+    titles = ("Latency", "Where the time goes", "Roofline", "Sparsity by layer", "Layers", "Notes", "Training")
+    for title in (*titles, "Gradient flow", "Density by layer", "Loss surface", "Conditioning"):
         assert f"<h2>{title}</h2>" in page
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 8
 
 
 def test_the_page_is_self_contained():
@@ -185,6 +199,7 @@ def test_plots_are_well_formed_and_deterministic(name):
         plots.plot_times(layers),
         plots.plot_sparsity([layer.name for layer in layers], [0.5] * 45, list(range(45))),
         plots.plot_roofline(layers, Ceilings(100.0, 10.0, 1)),
+        plots.plot_density({layer.name: 0.5 for layer in layers}, {}),
     ]
     for text in made:
         ElementTree.fromstring(text)

@@ -66,5 +66,19 @@ def test_gradient_flow_is_the_norm_over_kept_weights():
     assert flow["total"] > flow["0.weight"]
 
 
+def test_gradient_flow_of_sparse_layers_is_that_of_masked_dense_ones():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
+    se.prune(model, sparsity=0.5)
+    b = batch()
+    dense = gradient_flow(model, b)
+    se.sparsify_(model, force=True)
+    assert any(type(m).__name__ == "SparseLinear" for m in model.modules())
+    sparse = gradient_flow(model, b)
+    assert dense.keys() == sparse.keys() == {"0.weight", "3.weight", "total"}
+    assert all(sparse[name] == pytest.approx(dense[name], rel=1e-5) for name in dense)
+    assert model.training
+
+
 def test_density_plot(tmp_path):
     assert plot_density({"a": 0.5, "b": 0.0}, tmp_path / "d.png").stat().st_size > 1000

@@ -24,7 +24,20 @@ torch.set_num_threads(1)
 import sparse_engine as se
 from sparse_engine.train import run
 recipe, out, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-result = run(recipe, "digits", out=out, progress=False, **options)
+kill_at = options.pop("kill_at", None)
+if kill_at is not None:
+    from sparse_engine.train import loop
+    usual, steps = loop.learning_rate, 0
+
+    def learning_rate(*arguments):  # asked at the beginning of every step
+        global steps
+        steps += 1
+        if steps == kill_at:
+            __import__("os")._exit(0)  # no handler runs, nothing is written any more
+        return usual(*arguments)
+
+    loop.learning_rate = learning_rate
+result = run(recipe, "digits", out=out, progress=False, resume=True, **options)
 rank = int(__import__("os").environ.get("RANK", 0))
 torch.save({k: v for k, v in result.model.state_dict().items()}, f"{out}-rank{rank}.pt")
 """
@@ -35,10 +48,10 @@ COMMON = {
 }  # fmt: skip
 
 
-def launch(folder: Path, recipe: str, options: dict, processes: int) -> Path:
+def launch(folder: Path, recipe: str, options: dict, processes: int, name: str = "") -> Path:
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    out = folder / f"{recipe}-{processes}"
+    out = folder / f"{recipe}-{processes}{name}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     starter = [sys.executable]
     if processes > 1:
@@ -56,6 +69,7 @@ def launch(folder: Path, recipe: str, options: dict, processes: int) -> Path:
     [
         ("epsd", {"prune.options": {"steps": 1, "mode": "first_order"}, "loss.name": "ps_kd"}),
         pytest.param("rigl", {"dynamic.every": 2}, marks=pytest.mark.slow),
+        pytest.param("rigl", {"dynamic.every": 2, "train.sparse_kernels": "always"}, marks=pytest.mark.slow),
         pytest.param(
             "data_pruning_kd",
             {"teacher.epochs": 1, "coreset.score": "forgetting", "coreset.epochs": 3, "coreset.updates": "epochs"},
@@ -80,6 +94,25 @@ def test_two_processes_agree_with_each_other_and_with_one(tmp_path, recipe, opti
         assert torch.equal(value, together[name])
     rows = json.loads((two / "log.json").read_text())
     assert [row["phase"] for row in rows].count("train") == 2
+
+
+@pytest.mark.parametrize(
+    "recipe, kill_at, options",
+    [
+        ("epsd", 10, {"prune.options": {"steps": 1, "mode": "first_order"}, "loss.name": "dlb", "train.epochs": 3}),
+        pytest.param("rigl", 10, {"dynamic.every": 2, "train.sparse_kernels": "always"}, marks=pytest.mark.slow),
+        pytest.param("end_to_end", 10, {"pretrain.epochs": 2, "prune.sparsity": 0.9}, marks=pytest.mark.slow),
+    ],
+)
+def test_two_killed_processes_resume_bit_for_bit(tmp_path, recipe, kill_at, options):
+    whole = launch(tmp_path, recipe, options, 2)
+    launch(tmp_path, recipe, {**options, "kill_at": kill_at}, 2, "-killed")
+    assert not (tmp_path / f"{recipe}-2-killed" / "summary.json").exists()
+    resumed = launch(tmp_path, recipe, options, 2, "-killed")
+    for rank in (0, 1):
+        first, second = (torch.load(f"{out}-rank{rank}.pt") for out in (whole, resumed))
+        for name, value in first.items():
+            assert torch.equal(value, second[name]), (rank, name)
 
 
 def test_two_processes_agree_on_the_subnet_of_stp(tmp_path):

@@ -29,6 +29,28 @@ def test_settings_change_nested_keys():
     assert recipe.teacher.epochs == 2
 
 
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("5e-4", 5e-4), ("1e3", 1000.0), ("-0.5", -0.5), (".5", 0.5), ("3", 3), ("0", 0), ("-2", -2), ("2:4", "2:4"),
+        ("1:30:00", "1:30:00"), ("true", True), ("null", None), ("[1, 2e-1]", [1, 0.2]), ("1e400", float("inf")),
+        ("'3'", "3"), ("digits", "digits"),
+    ],
+)  # fmt: skip
+def test_values_are_read_as_people_write_them(text, value):
+    key, found = parse_setting(f"a.b={text}")
+    assert key == "a.b"
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_n_of_m_needs_no_quotes(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("prune: {structure: 2:4, sparsity: null}\n")
+    assert load_recipe(path).prune.structure == "2:4"
+    assert load_recipe("magnitude", {"prune.structure": "2:4", "prune.sparsity": None}).prune.structure == "2:4"
+
+
 def test_a_file_of_ones_own(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
@@ -57,6 +79,12 @@ def test_a_file_of_ones_own(tmp_path):
         ({"loss.name": "kd"}, "needs a teacher"),
         ({"loss.name": "kd", "teacher.epochs": 0}, "epochs > 0 or a checkpoint"),
         ({"dynamic.name": "rigl", "prune": None}, "needs a prune: part"),
+        ({"dynamic.name": "rigl", "prune.structure": "2:4", "prune.sparsity": None}, "structure .* cannot move"),
+        ({"dynamic.name": "gradual", "dynamic.begin": 0.8}, r"begin=0.8 has to be below dynamic.stop=0.75"),
+        ({"prune.options": {"stepz": 1}}, "prune.options of criterion epsd: .*stepz"),
+        ({"prune.options": {"mode": "half"}}, "prune.options of criterion epsd: mode is 'half'"),
+        ({"prune.loss": "kd"}, "prune.loss is 'kd', which needs a teacher"),
+        ({"loss.name": "dlb", "loss.label_smoothing": 0.1}, "label_smoothing is not known to loss 'dlb'"),
         ({"coreset.fraction": 0}, "above 0"),
         ({"model.name.x": 1}, "not a group"),
         ({"train": 3}, "train has to be a group"),

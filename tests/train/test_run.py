@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -66,6 +67,121 @@ def test_a_run_ends_with_files_and_an_executable(tmp_path):
     assert len(rows) == 3
 
 
+def test_a_run_leaves_diagnostics_and_they_change_nothing(tmp_path):
+    options = settings("rigl", **{"train.sparse_kernels": "always", "diagnostics.points": 3, "diagnostics.samples": 32})
+    seen = run("rigl", "digits", out=tmp_path / "r", progress=False, **options)
+    unseen = run("rigl", "digits", out=tmp_path / "u", progress=False, **{**options, "diagnostics.enabled": False})
+    for a, b in zip(seen.model.parameters(), unseen.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not (tmp_path / "u" / "diagnostics.json").exists()
+    found = json.loads((tmp_path / "r" / "diagnostics.json").read_text())
+    assert found["mean_jsv"]["before"] > 0
+    assert found["mean_jsv"]["after"] > 0
+    axis, losses = found["loss_surface"]["axis"], torch.tensor(found["loss_surface"]["losses"])
+    assert len(axis) == 3
+    probe = load_data("digits", limit=200)[0].batch(torch.arange(32))
+    here = torch.nn.functional.cross_entropy(seen.model(probe.inputs), probe.targets)
+    assert losses[1, 1].item() == pytest.approx(here.item(), rel=1e-4)
+    assert found["density"] == {layer.name: 1 - layer.sparsity for layer in seen.report.layers}
+    layers = {"fc1.weight", "fc2.weight", "fc3.weight"}
+    assert set(found["mask_overlap"]) == layers | {"total"}
+    assert 0 < found["mask_overlap"]["total"] < 1
+    assert set(found["gradient_flow"]) == layers | {"total"}
+    rows = [row for row in seen.history if row["phase"] == "train"]
+    assert all(row["gradient_norm"] > 0 for row in rows)
+    assert rows[-1]["mask_overlap"] == pytest.approx(found["mask_overlap"]["total"])
+
+
+def test_the_test_set_is_looked_at_as_often_as_asked():
+    def tested(every):
+        options = settings("rigl", **{"train.epochs": 5, "train.test_every": every})
+        result = run("rigl", "digits", progress=False, **options)
+        assert result.summary["test_accuracy"] is not None
+        return [row["test_accuracy"] is not None for row in result.history]
+
+    assert tested(1) == [True] * 5
+    assert tested(2) == [False, True, False, True, True]
+    assert tested(0) == [False] * 5
+
+
+@pytest.mark.parametrize(
+    "recipe, more, words",
+    [
+        ("rigl", {"train.sparse_kernels": "always"}, "3 of 3 layers on sparse kernels.* ms against .* ms dense"),
+        ("rigl", {"train.sparse_kernels": "never"}, r"dense and masked \(train.sparse_kernels is never\): .*[0-9] ms"),
+        ("magnitude", {"dynamic.name": "gradual"}, "no layer is faster .*take [0-9.]+ ms"),
+        ("epsd", {"train.amp": True}, "train.amp is on.*take [0-9.]+ ms"),
+        ("end_to_end", {}, "3 layers with learned gates: .* take [0-9.]+ ms against [0-9.]+ ms without"),
+    ],
+)
+def test_every_run_says_what_a_step_takes(recipe, more, words, capsys):
+    result = run(recipe, "digits", progress=True, **settings(recipe, **more))
+    assert re.search(words, capsys.readouterr().err)
+    assert result.summary["dense_step_ms"] > 0
+    assert re.search(r"training step \(forward and backward\): [0-9.]+ ms", str(result))
+
+
+def test_layers_that_win_alone_but_lose_together_stay_dense(monkeypatch, capsys):
+    module = sys.modules[run.__module__]
+    monkeypatch.setattr(module, "_step_ms", lambda models, *_: [1.0, 2.0][: len(models)])
+    chosen = module.sparsify_
+    monkeypatch.setattr(module, "sparsify_", lambda model, **options: chosen(model, **{**options, "force": True}))
+    dense = run("rigl", "digits", progress=True, **settings("rigl"))
+    assert "1.00 ms against 2.00 ms with 3 of 3 layers on sparse kernels" in capsys.readouterr().err
+    assert "sparse_step_ms" not in dense.summary
+    monkeypatch.setattr(module, "_step_ms", lambda models, *_: [2.0, 1.0][: len(models)])
+    assert run("rigl", "digits", progress=False, **settings("rigl")).summary["sparse_step_ms"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["granet", "gradual", "iterative"])
+def test_masks_shrink_on_sparse_kernels_as_on_dense_layers(name):
+    options = settings(
+        "rigl", **{"dynamic.name": name, "dynamic.initial_sparsity": 0.5, "dynamic.rounds": 2, "train.epochs": 3}
+    )
+    sparse = run("rigl", "digits", progress=False, **{**options, "train.sparse_kernels": "always"})
+    dense = run("rigl", "digits", progress=False, **{**options, "train.sparse_kernels": "never"})
+    assert "sparse_step_ms" in sparse.summary
+    assert sparse.report.kept == dense.report.kept == round(0.1 * dense.report.total)
+    for a, b in zip(sparse.model.parameters(), dense.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_survives_a_conversion_that_fails(tmp_path, monkeypatch):
+    def convert(*_, **__):
+        raise SparseEngineError("no")
+
+    monkeypatch.setattr(se.convert, "convert", convert)
+    options = settings("rigl", **{"convert.enabled": True})
+    with pytest.raises(SparseEngineError, match="no"):
+        run("rigl", "digits", out=tmp_path / "r", progress=False, **options)
+    assert (tmp_path / "r" / "model.safetensors").exists()
+    resumed = run("rigl", "digits", out=tmp_path / "r", resume=True, progress=False,
+                  **{**options, "convert.enabled": False})  # fmt: skip
+    assert resumed.summary["sparsity"] == pytest.approx(0.9, abs=1e-3)
+
+
+def test_a_collapse_after_pretraining_is_repaired_without_training_again(tmp_path, monkeypatch):
+    options = settings("magnitude", **{"pretrain.epochs": 2, "prune.keep_one": False, "prune.sparsity": 0.99})
+    torch.manual_seed(0)
+
+    def model():
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 10))
+        with torch.no_grad():
+            net[3].weight.mul_(1e-4)
+        return net
+
+    options.pop("model.options")
+    with pytest.raises(PruneError, match=r"keep_one=true.*with --resume what was trained before is kept"):
+        run("magnitude", "digits", model=model, out=tmp_path / "r", progress=False, **options)
+    resumed = run("magnitude", "digits", model=model, out=tmp_path / "r", resume=True, progress=False,
+                  **{**options, "prune.keep_one": True})  # fmt: skip
+    assert [row["phase"] for row in resumed.history] == ["pretrain"] * 2 + ["train"] * 2
+    # once the masks are chosen, how they were chosen is settled
+    with pytest.raises(SparseEngineError, match=r"another recipe .*prune.sparsity"):
+        run("magnitude", "digits", model=model, out=tmp_path / "r", resume=True, progress=False,
+            **{**options, "prune.keep_one": True, "prune.sparsity": 0.9})  # fmt: skip
+
+
 class Killed(BaseException):
     """As a signal would end the process: no handler of the library sees it as an error of its own."""
 
@@ -111,6 +227,7 @@ def test_a_killed_run_resumes_bit_for_bit(recipe, at, more, tmp_path, monkeypatc
     resumed = run(recipe, "digits", out=tmp_path / "killed", resume=True, progress=False, **options)
     for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+    assert all("gradient_norm" in row for row in whole.history)
     timeless = [{k: v for k, v in row.items() if k != "step_ms"} for row in whole.history]
     assert [{k: v for k, v in row.items() if k != "step_ms"} for row in resumed.history] == timeless
 
@@ -189,6 +306,7 @@ def test_a_loss_that_spoils_later_names_the_last_good_state(tmp_path, monkeypatc
         ({"model.options": {"num_classes": 3}}, "10 classes"),
         ({"model.checkpoint": "/nowhere.safetensors"}, "does not exist"),
         ({"prune.ignore": ["fc9"]}, "'fc9' matches no module"),
+        ({"train.sparse_kernels": "always", "train.amp": True}, "always, but train.amp is on"),
     ],
 )
 def test_mistakes_are_found_before_any_training(changes, message, monkeypatch):
