@@ -99,13 +99,46 @@ void LoopNest::offsets(int64_t index, int64_t* out) const {
     }
 }
 
-CopyNode::CopyNode(View from, View to) : loops_(to.sizes, {to.strides, from.strides}), from_(from.ref), to_(to.ref) {}
+CopyNode::CopyNode(View from, View to) : loops_(to.sizes, {to.strides, from.strides}), from_(from.ref), to_(to.ref) {
+    if (loops_.row_strides[0] != 1 || loops_.row_strides[1] == 1) return;
+    for (size_t d = 0; d < loops_.sizes.size() && !strip_; d++)
+        // A transpose of whole tiles is faster where rows are long enough for one.
+        if (loops_.strides[1][d] == 1 && loops_.sizes[d] >= 8 && (d + 1 < loops_.sizes.size() || loops_.row < 8)) {
+            strip_ = loops_.sizes[d], strip_to_step_ = loops_.strides[0][d];
+            others_ = loops_;
+            const int dim = static_cast<int>(d);
+            others_.sizes = without(others_.sizes, dim);
+            for (auto& strides : others_.strides) strides = without(strides, dim);
+        }
+}
+
+// Sixteen numbers of each line of the source at a time go to sixteen rows, whose lines stay in the cache until they are full.
+void CopyNode::run_in_strips(Context& context) const {
+    constexpr int64_t kStrip = 16;
+    const float* from = context.at(from_);
+    float* to = context.at(to_);
+    const int64_t outer = others_.rows(), row = others_.row, from_step = others_.row_strides[1], strips = ceil_div(strip_, kStrip);
+    const int64_t group = std::clamp<int64_t>(kGrain / (kStrip * row), 1, outer), groups = ceil_div(outer, group);
+    parallel_for(strips * groups, outer * row * strip_ < 2 * kGrain ? 1 : context.threads, [&](int64_t item, int) {
+        const int64_t begin = item / groups * kStrip, n = std::min(kStrip, strip_ - begin), first = item % groups * group;
+        for (int64_t r = first; r < std::min(outer, first + group); r++) {
+            int64_t at[8];
+            others_.offsets(r, at);
+            const float* source = from + at[1] + begin;
+            float* target = to + at[0] + begin * strip_to_step_;
+            for (int64_t i = 0; i < row; i++)
+                for (int64_t j = 0; j < n; j++) target[i + j * strip_to_step_] = source[i * from_step + j];
+        }
+    });
+}
 
 void CopyNode::run(Context& context) const {
     const KernelTable& k = kernels();
     const float* from = context.at(from_);
     float* to = context.at(to_);
     int64_t to_step = loops_.row_strides[0], from_step = loops_.row_strides[1];
+    if (loops_.rows() == 0 || loops_.row == 0) return;
+    if (strip_) return run_in_strips(context);
     // A transpose: the source is contiguous along another dimension. Walk it in strips, so that each of its lines is used while it is in
     // the cache.
     if (to_step == 1 && from_step != 1 && from_step != 0 && !loops_.sizes.empty() && loops_.strides[1].back() == 1 &&

@@ -29,8 +29,14 @@ class CopyNode : public Node {  // also permutes, slices, expands: any strides t
     void run(Context& context) const override;
 
   private:
+    void run_in_strips(Context& context) const;
+
     LoopNest loops_;
     Ref from_, to_;
+    // A permutation of more than two dimensions, or with short rows: the source is contiguous along an outer dimension.
+    int64_t strip_ = 0;  // its size, or 0
+    int64_t strip_to_step_ = 0;
+    LoopNest others_;  // the outer dimensions without it
 };
 
 class FillNode : public Node {

@@ -80,18 +80,34 @@ def compile(graph: Graph, batch: int, threads: int | None = None, choices: Any =
     )
 
 
+_MOVED = 0.05  # of what the nodes write: so much may be copied to take several samples in one pass
+
+
 def _share(graph: Graph, batch: int, choices: Any, threads: int) -> int:
     """How many samples one pass over the graph takes: few enough that activations stay in the cache."""
     if batch <= 1 or not _splits(graph):
         return batch
     one = _Lowering(graph, 1, choices)
     one.emit_steps()
-    share_of_cache = max(1, _C.cpu_info()["l3"] // 2 // max(1, threads))
-    images = max(1, share_of_cache // max(1, 4 * one.arena))
+    sample = max(1, 4 * one.arena)
+    images = max(1, _C.cpu_info()["l3"] // 2 // max(1, threads) // sample)
+    # As many as fill a vector with the smallest image, and beyond that as stay near (bench/NOTES.md).
+    fewest = min((problem.pixels for problem in one.problems.values() if problem.pixels > 1), default=LANES)
+    images = min(images, max(2 * _C.cpu_info()["l2"] // sample, -(-LANES // fewest)))
     wanted = 1
     while wanted * 2 <= images:
         wanted *= 2
-    return min(wanted, batch)
+    wanted = min(wanted, batch)
+    # Samples side by side can need permuting between layers where one by itself does not (a transformer that puts the
+    # tokens first): that costs more than fuller vectors bring.
+    while wanted > 1:
+        several = _Lowering(graph, wanted, choices)
+        several.emit_steps()
+        moved = several.copied / wanted - one.copied
+        if moved <= _MOVED * sum(math.prod(one.shape(node.output)) for node in graph.nodes):
+            break
+        wanted //= 2
+    return wanted
 
 
 _TAIL = ("linear", "unary", "scalar", "affine", "softmax")
@@ -544,6 +560,7 @@ class _Lowering:
         self.state = threading.local()
         self.constants_buffer = len(graph.inputs) + len(graph.outputs) + 1
         self.arena = 0
+        self.copied = 0  # floats that copies between layouts move
         self.index = 0  # of the node being lowered
         self.last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
         for dtype in (graph.values[name].dtype for name in graph.inputs + graph.outputs):
@@ -595,6 +612,7 @@ class _Lowering:
         return _Place(_Storage(max(1, strides[outer[0]] * sizes[outer[0]])), 0, tuple(sizes), tuple(strides))
 
     def copy(self, source: _Place, target: _Place, name: str) -> _Place:
+        self.copied += math.prod(target.sizes)
         self.step(lambda plan: plan.copy(name, source.view(), target.view()), [source], [target])
         return target
 

@@ -1,0 +1,82 @@
+"""Copies between layouts, and how many samples a pass takes where more would mean permuting."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+import sparse_engine as se
+
+_C = pytest.importorskip("sparse_engine._C")
+lower = pytest.importorskip("sparse_engine.convert.lower")
+
+
+def strides_in_order(sizes: tuple[int, ...], order: tuple[int, ...], gap: int) -> tuple[list[int], int]:
+    """Strides of an array whose dimensions lie in memory in this order, the outermost with a gap behind each entry."""
+    strides, step = [0] * len(sizes), 1
+    for place in reversed(order):
+        strides[place] = step
+        step = step * sizes[place] + (gap if place == order[1 % len(order)] else 0)
+    return strides, step
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2, 12, 19, 16), (197, 2, 48), (3, 17, 5), (2, 2, 2), (1, 40, 3), (33, 18), (64, 3, 30, 30), (0, 3, 4)]
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_any_order_of_dimensions(sizes: tuple[int, ...], threads: int) -> None:
+    rng = numpy.random.default_rng(0)
+    orders = list(itertools.permutations(range(len(sizes))))
+    for source_order, target_order in itertools.product(orders, orders[:: max(1, len(orders) // 6)]):
+        from_strides, room = strides_in_order(sizes, source_order, 3)
+        to_strides, to_room = strides_in_order(sizes, target_order, 2)
+        x = rng.standard_normal(max(1, room), dtype=numpy.float32)
+        y = numpy.full(max(1, to_room) + 16, numpy.nan, dtype=numpy.float32)
+        plan = _C.Plan(16, [x.size, y.size])
+        plan.copy("copy", (1, 0, list(sizes), from_strides), (2, 0, list(sizes), to_strides))
+        plan.run([x.ctypes.data, y.ctypes.data], threads)
+        byte = [4 * step for step in from_strides]
+        expected = numpy.full_like(y, numpy.nan)
+        numpy.lib.stride_tricks.as_strided(expected, sizes, [4 * step for step in to_strides])[...] = (
+            numpy.lib.stride_tricks.as_strided(x, sizes, byte)
+        )
+        numpy.testing.assert_array_equal(y, expected)
+        assert numpy.isnan(y).sum() == y.size - math.prod(sizes)
+
+
+class TokensFirst(nn.Module):
+    """Attention as nn.MultiheadAttention computes it: tokens before samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 64, 4, 4)
+        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        return self.head(tokens.mean(1))
+
+
+def test_samples_that_would_have_to_be_permuted_are_taken_one_by_one() -> None:
+    torch.manual_seed(0)
+    model = TokensFirst().eval()
+    x = torch.randn(6, 3, 32, 32)
+    executable = se.convert(model, x, tune=False)
+    plan = executable.compile(6)
+    low = lower._Lowering(executable.graph, 1, None)
+    low.emit_steps()
+    moved = []
+    for samples in (1, 2, 4):
+        several = lower._Lowering(executable.graph, samples, None)
+        several.emit_steps()
+        moved.append(several.copied / samples)
+    assert min(moved[1:]) > moved[0]  # else this model would show nothing
+    assert lower._share(executable.graph, 6, None, 2) == 1
+    torch.testing.assert_close(plan.run([x])[0], model(x), rtol=1e-4, atol=1e-5)
