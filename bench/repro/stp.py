@@ -31,12 +31,13 @@ from sparse_engine.prune.structured import compact, load_compact, prune_channels
 from sparse_engine.train import Mechanism, Phase, accuracy, fit, load_data, models
 from sparse_engine.train.recipe import StpPart, TrainPart
 from sparse_engine.train.source import BatchSource
-from sparse_engine.train.stp import StimulativeTraining
+from sparse_engine.train.stp import Member, StimulativeTraining
 from sparse_engine.train.supernet import Subnet, Supernet, magnitudes
 
 STP_VARIANTS: dict[str, dict[str, Any]] = {
     "stp": {},
-    "random pool member": {"guidance": False},
+    "random pool member": {},
+    "random depth, random cuts": {"guidance": False},
     "stp, normalised logits": {"divergence": "normalised"},
     "stp, random cuts": {"guidance": False},
     "stp, width only": {"depth": False},
@@ -104,7 +105,18 @@ class ScalePenalty(Mechanism):
 
 
 class RandomMember(StimulativeTraining):
-    """One depth of the pool, drawn at random, shrunk by random cuts: stimulative training without a search."""
+    """The same pool, training and cuts, but chance decides who leaves the pool."""
+
+    def _worst(self) -> Member:
+        return self.pool[int(torch.randint(len(self.pool), (), generator=self.generator))]
+
+    def best(self) -> Member:
+        return self.pool[0]
+
+
+class RandomDepth(StimulativeTraining):
+    """One depth of the pool, drawn at random before the search, shrunk by random cuts: stimulative training without a
+    search, all of it for one member."""
 
     def _open_pool(self) -> None:
         super()._open_pool()
@@ -114,8 +126,8 @@ class RandomMember(StimulativeTraining):
 class Bench:
     """One seed's data, model and batches."""
 
-    def __init__(self, settings: Settings, seed: int, data: Any) -> None:
-        self.settings, self.seed = settings, seed
+    def __init__(self, settings: Settings, seed: int, data: Any, known: float | None = None) -> None:
+        self.settings, self.seed, self.known = settings, seed, known  # known: the checkpoint's accuracy
         self.train, self.test = data
         self.part = TrainPart(
             epochs=settings.epochs, batch_size=settings.batch_size, learning_rate=settings.learning_rate,
@@ -173,7 +185,9 @@ class Bench:
     def stp(self, method: str, target: float) -> tuple[nn.Module, dict[str, Any]]:
         """Stimulative training and the network it ends with."""
         model, given = self.model(), self.settings
-        kind = RandomMember if method == "random pool member" else StimulativeTraining
+        kind = {"random pool member": RandomMember, "random depth, random cuts": RandomDepth}.get(
+            method, StimulativeTraining
+        )
         part = StpPart(target=target, pool=given.pool, rounds=given.rounds, **STP_VARIANTS[method])
         objective = kind(Supernet(model, self.x()), part, seed=self.seed)
         self.fit(model, given.epochs, objective, [objective.mechanism()], tuning=bool(given.checkpoint))
@@ -204,7 +218,7 @@ class Bench:
             # a checkpoint leaves the penalty a few hundred steps instead of a whole training
             penalty = [ScalePenalty(model, 5e-3 if given.checkpoint else 1e-3)] if slimming else []
             self.fit(model, first, mechanisms=penalty, tuning=bool(given.checkpoint))
-        full = accuracy(model, self.test)
+        full = accuracy(model, self.test) if first or not self.known else self.known
         prune_channels(model.eval(), self.x(), target=target, criterion="bn_scale" if slimming else "l1")
         small = compact(model.eval(), self.x())
         if tuned:
@@ -242,7 +256,8 @@ def measure(name: str, settings: Settings, methods: list[str], targets: list[flo
     jobs = [("dense", 1.0, seed) for seed in (seeds[:1] if settings.checkpoint else seeds)] + jobs
     dense_flops = 0
     for method, target, seed in jobs:
-        bench = Bench(settings, seed, (train, test))
+        dense = [row["accuracy"] for row in rows if row["method"] == "dense"]
+        bench = Bench(settings, seed, (train, test), dense[0] if dense and settings.checkpoint else None)
         dense_flops = dense_flops or bench.flops(bench.model())
         if (method, target, seed) in finished:
             continue

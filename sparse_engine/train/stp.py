@@ -112,6 +112,7 @@ class StimulativeTraining(Objective):
         self.pool: list[Member] = []
         self.history: list[dict[str, Any]] = []
         self._step_units: list[int] = []
+        self._cut_share = 0.0
 
     # the loss
 
@@ -296,17 +297,22 @@ class StimulativeTraining(Objective):
         for member in self.pool:
             member.forget()
             member.done = self.supernet.cost(member.subnet, self.cost) <= self.limit
+        self._cut_share = self._share_of_a_cut()
         self._step_units = self._steps()
 
+    def _share_of_a_cut(self) -> float:
+        """The share of the full cost that one cut has to save for the search to end in time."""
+        if self.part.step is not None:
+            return self.part.step
+        window = (self.part.search - self.part.warmup) * (self.steps or 1000) * 0.8
+        cuts = window / max(1, len(self.pool) * self.part.rounds * max(1, len(self.supernet.full.widths)))
+        excess = max((self.supernet.cost(m.subnet, self.cost) for m in self.pool), default=0.0) / self.full_cost
+        return max(0.005, (excess - self.limit / self.full_cost) / max(1.0, cuts))
+
     def _steps(self) -> list[int]:
-        """Units of each group that save about the same: the share `step` of the full cost."""
+        """Units that one step takes from each group: as many as save the share of a cut, at most a quarter."""
         full = self.supernet.full
-        share = self.part.step
-        if share is None:
-            window = (self.part.search - self.part.warmup) * (self.steps or 1000) * 0.8
-            cuts = window / max(1, len(self.pool) * self.part.rounds * max(1, len(full.widths)))
-            excess = max((self.supernet.cost(m.subnet, self.cost) for m in self.pool), default=0.0) / self.full_cost
-            share = min(0.25, max(0.005, (excess - self.limit / self.full_cost) / max(1.0, cuts)))
+        share = min(0.25, self._cut_share)
         units = []
         for group, width in enumerate(full.widths):
             half = max(1, width // 2)
@@ -334,7 +340,8 @@ class StimulativeTraining(Objective):
         return max(self._smallest().widths[group], member.widths[group] - self._step_units[group])
 
     def _cut(self, member: Member) -> None:
-        """Take the step with the least divergence, beyond what all steps have in common, per cost saved."""
+        """Take the steps with the least divergence, beyond what all steps have in common, per cost saved; each group
+        at most one step, until the share of the cost is saved that one cut is to save."""
         candidates = self._candidates(member)
         now = self.supernet.cost(member.subnet, self.cost)
 
@@ -355,12 +362,29 @@ class StimulativeTraining(Objective):
             return 2 * usual * self.supernet.full.widths[group] / member.widths[group] / saved  # unsampled: spread them
 
         if self.part.guidance:
-            chosen = min(candidates, key=price)
+            order = sorted(candidates, key=price)
         else:
-            chosen = candidates[int(torch.randint(len(candidates), (), generator=self.generator))]
-        member.widths[chosen] = self._narrower(member, chosen)
+            order = [candidates[i] for i in torch.randperm(len(candidates), generator=self.generator).tolist()]
+        enough = max(self.limit, now - self._cut_share * self.full_cost)
+        before, cut = list(member.widths), []
+        for group in order:
+            member.widths[group] = self._narrower(member, group)
+            cut.append(group)
+            if self.supernet.cost(member.subnet, self.cost) <= enough:
+                break
+        if self.supernet.cost(member.subnet, self.cost) <= self.limit:
+            self._give_back(member, before, cut)
         member.forget()
         member.done = self.supernet.cost(member.subnet, self.cost) <= self.limit or not self._candidates(member)
+
+    def _give_back(self, member: Member, before: list[int], cut: list[int]) -> None:
+        """The last cut goes below the target: what of it is not needed comes back, the dearest step first."""
+        for group in reversed(cut):
+            while member.widths[group] < before[group]:
+                member.widths[group] += 1
+                if self.supernet.cost(member.subnet, self.cost) > self.limit:
+                    member.widths[group] -= 1
+                    break
 
     def _force(self) -> None:
         """Out of time: cut with what is known."""
@@ -373,12 +397,16 @@ class StimulativeTraining(Objective):
         if not hasattr(self, "_opened"):
             self._opened = len(self.pool)
             self._began = self.share
+            for member in self.pool:  # who was done early was measured against a network that had learnt less
+                member.total, member.samples = 0.0, 0
         span = max(1e-9, self.part.settle - self._began)
         left = min(1.0, max(0.0, (self.share - self._began) / span))
         allowed = max(self.part.members, round(self._opened - left * (self._opened - self.part.members)))
         while len(self.pool) > allowed and all(member.samples for member in self.pool):
-            worst = max(self.pool, key=lambda member: member.total / member.samples)
-            self.pool.remove(worst)
+            self.pool.remove(self._worst())
+
+    def _worst(self) -> Member:
+        return max(self.pool, key=lambda member: member.total / member.samples)
 
     # checkpoints
 
@@ -389,6 +417,7 @@ class StimulativeTraining(Objective):
             "order": [torch.from_numpy(order) for order in self.supernet.order],
             "pool": [vars(member).copy() for member in self.pool],
             "step_units": self._step_units,
+            "cut_share": self._cut_share,
             "opened": (self._opened, self._began) if hasattr(self, "_opened") else None,
             "history": self.history,
         }
@@ -403,6 +432,7 @@ class StimulativeTraining(Objective):
             for entry in state["pool"]
         ]
         self._step_units = list(state["step_units"])
+        self._cut_share = state.get("cut_share", 0.0)  # states of old have none: one group a cut
         if state["opened"] is not None:
             self._opened, self._began = state["opened"]
         self.history = list(state["history"])

@@ -106,6 +106,7 @@ def test_guidance_cuts_where_agreement_suffers_least():
     objective = StimulativeTraining(family(), StpPart(target=0.4, depth=False), steps=400)
     objective.progress(0.1)
     objective._advance()
+    objective._cut_share = 0.0  # one step a cut
     (member,) = objective.pool
     for group in range(len(member.widths)):
         for divergences in ([1.0] * group + [0.1] + [1.0] * (len(member.widths) - group - 1), [0.0] * group + [9.0]):
@@ -116,6 +117,56 @@ def test_guidance_cuts_where_agreement_suffers_least():
             (cut,) = [g for g in range(len(before)) if member.widths[g] < before[g]]
             assert (cut == group) == (divergences[group] < 1)
             member.widths, member.done = before, False
+
+
+@pytest.mark.parametrize(("pool", "rounds", "steps"), [(1, 2, 300), (3, 1, 400), (3, 2, 400)])
+def test_the_search_ends_in_time_by_cuts_that_were_measured(pool: int, rounds: int, steps: int, monkeypatch):
+    """However few steps there are, a cut takes as much as it has to: nothing is left to be cut blindly at the end."""
+    blind: list[float] = []
+
+    def force(objective: StimulativeTraining) -> None:
+        blind.extend(objective.supernet.cost(m.subnet, objective.cost) for m in objective.pool if not m.done)
+        original(objective)
+
+    original = StimulativeTraining._force
+    monkeypatch.setattr(StimulativeTraining, "_force", force)
+    objective = search(StpPart(target=0.4, pool=pool, rounds=rounds), steps=steps)
+    assert all(cost <= 1.25 * objective.limit for cost in blind)  # at most the last step of a member that chance passed
+
+
+def test_the_last_cut_gives_back_what_it_does_not_need():
+    """A member ends at the target, not a step below it: one unit more of any group of its last cut is too much."""
+    for seed in range(3):
+        objective = StimulativeTraining(family(), StpPart(target=0.45, pool=1, depth=False), seed=seed, steps=200)
+        objective.progress(0.1)
+        objective._advance()
+        (member,) = objective.pool
+        while not member.done:
+            before = list(member.widths)
+            member.sums, member.counts = [float(g) for g in range(len(before))], [1] * len(before)
+            objective._cut(member)
+        net, cost = objective.supernet, objective.cost
+        assert net.cost(member.subnet, cost) <= objective.limit
+        for group in (g for g in range(len(before)) if member.widths[g] < before[g]):
+            wider = list(member.widths)
+            wider[group] += 1
+            assert net.cost(Subnet(member.depths, tuple(wider)), cost) > objective.limit
+
+
+def test_members_are_compared_by_what_they_did_since_all_were_done():
+    objective = StimulativeTraining(family(), StpPart(target=0.5, pool=2), steps=400)
+    objective.progress(0.1)
+    objective._advance()
+    first, second = objective.pool
+    objective._force()
+    first.total, first.samples = 90.0, 9  # from early, when the network had learnt little
+    objective.progress(0.6)
+    objective._advance()
+    assert (first.samples, second.samples) == (0, 0)
+    first.total, first.samples, second.total, second.samples = 1.0, 4, 3.0, 4
+    objective.progress(0.75)
+    objective._advance()
+    assert objective.pool == [first]
 
 
 def test_the_pool_drops_who_agrees_least():

@@ -8,7 +8,7 @@ from .channels import ChannelReport, prune_channels, select_units
 from .compaction import compact
 from .criteria import channel_scores
 from .spec import CompactionSpec, compaction_spec, load_compact, remap_optimizer_, remap_state_dict, save_compact
-from .targets import Flops, Latency, Parameters
+from .targets import Flops, Latency, Parameters, preferred_multiple
 from .units import Group, find_groups, removal, zero_units_
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "compaction_spec",
     "find_groups",
     "load_compact",
+    "preferred_multiple",
     "prune_channels",
     "remap_optimizer_",
     "remap_state_dict",

@@ -49,8 +49,15 @@ _SAME = frozenset(
         "triu",
         "argsort",
         "logcumsumexp",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+        "rand_like",
     ]
 )
+# what export adds to check types: it computes nothing and reads no size
+_CHECKS = frozenset(["_assert_tensor_metadata", "_assert_async", "_assert_scalar"])
 _REDUCTIONS = REDUCTIONS | {"var_mean", "std_mean", "aminmax", "median"}
 _RESHAPES = frozenset(["view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as"])
 _POOLS = (
@@ -239,6 +246,8 @@ class _Builder:
                 self.fresh(node)
             return
         self.fresh(node)
+        if name in _CHECKS and arguments(node).get("size") is None:
+            return
         tensors = [argument for argument in node.all_input_nodes if argument in self.values]
         if not isinstance(node.target, torch._ops.OpOverload):
             self.unknown(node, tensors)
@@ -896,9 +905,5 @@ _RULES: dict[str, Callable[[_Builder, fx.Node], None]] = {
     "index_select": _index,
     "grid_sampler": _grid_sample,
     "grid_sampler_2d": _grid_sample,
-    **dict.fromkeys(
-        ("new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"),
-        _getattr_shape,
-    ),
-    "rand_like": _getattr_shape,
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), _getattr_shape),
 }

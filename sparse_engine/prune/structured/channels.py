@@ -18,7 +18,7 @@ from .analysis import Analysis, analyse
 from .capture import ExampleInputs, capture
 from .compaction import adaptable
 from .criteria import channel_scores
-from .targets import Cost, cost_named, nothing_removed
+from .targets import Cost, Latency, cost_named, nothing_removed, preferred_multiple
 from .units import Group, find_groups, removal, zero_units_
 
 
@@ -30,6 +30,7 @@ class ChannelReport:
         kept: group name -> (units kept, units before).
         cost_before, cost_after: in `unit`.
         notes: groups that the model's own code cannot shrink, and why.
+        multiple: of which every group keeps a multiple of units.
     """
 
     unit: str
@@ -37,6 +38,7 @@ class ChannelReport:
     cost_after: float
     kept: dict[str, tuple[int, int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    multiple: int = 1
 
     def __str__(self) -> str:
         share = self.cost_after / max(self.cost_before, 1e-30)
@@ -57,7 +59,7 @@ def prune_channels(
     normaliser: str = "mean",
     ignore: Sequence[str] = (),
     minimum: int = 1,
-    multiple: int = 1,
+    multiple: int | Latency = 1,
     data: Any = None,
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     seed: int = 0,
@@ -83,7 +85,7 @@ def prune_channels(
         ignore: names of tensors or modules whose channels stay.
         minimum: units that every group keeps.
         multiple: groups keep a multiple of this many units (where they have as many), for kernels that like round
-            sizes.
+            sizes. A `Latency` instead of a number finds out by measurement: `preferred_multiple`.
 
     Returns:
         What every group keeps and what the network costs now.
@@ -93,7 +95,7 @@ def prune_channels(
     """
     if scope not in ("global", "local"):
         raise PruneError(f"scope is {scope!r}; it has to be 'global' or 'local'")
-    if minimum < 1 or multiple < 1:
+    if minimum < 1 or (isinstance(multiple, int) and multiple < 1):
         raise PruneError(f"minimum is {minimum} and multiple is {multiple}; both have to be 1 or more")
     was_training = {module: module.training for module in model.modules()}
     model.eval()
@@ -108,6 +110,8 @@ def prune_channels(
             f"{type(model).__name__} has no group of channels that could be removed; see `ignore`, "
             "and Analysis.kept_whole for operators without a rule"
         )
+    if isinstance(multiple, Latency):
+        multiple = preferred_multiple(analysis, multiple)
     measure = cost_named(cost)
     scores = channel_scores(
         model, groups, criterion, reduction=reduction, normaliser=normaliser, data=data, loss=loss, seed=seed
@@ -121,7 +125,7 @@ def prune_channels(
     weights = prunable_weights(model)
     set_masks(model, {name: mask for name, mask in masks.items() if name in weights})
     kept = {group.name: (int((~vector).sum()), len(group)) for group, vector in zip(groups, gone, strict=True)}
-    return ChannelReport(measure.unit, before, measure(analysis, removed), kept, notes)
+    return ChannelReport(measure.unit, before, measure(analysis, removed), kept, notes, multiple)
 
 
 def select_units(

@@ -19,7 +19,7 @@ from .analysis import Analysis, Contraction, analyse
 from .axes import Condition, Constraint, Removed
 from .capture import ExampleInputs, arguments, capture, operator_name, shape_of, split_inputs
 from .constants import Knowledge, Partial, connections, constant_indices, propagate
-from .spec import CompactionSpec, compaction_spec, replace_tensor, tensor_owners
+from .spec import CompactionSpec, compaction_spec, replace_tensor, tensor_owners, unwrapped
 from .units import Group, removal
 
 _BIASABLE = (nn.Linear, nn.modules.conv._ConvNd)
@@ -51,7 +51,7 @@ def compact(
 
     Args:
         model: any module that ``torch.export`` captures; not changed. Zeros are taken as they lie in the weights,
-            masks need not be known. Wrapped models (DDP, DataParallel) are unwrapped.
+            masks need not be known. Wrapped models (DDP, DataParallel, AveragedModel) are unwrapped.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; only shapes and
             types matter.
         keep: names of tensors, or of modules with everything below them, whose sizes must stay.
@@ -71,11 +71,7 @@ def compact(
         The masked = compacted contract is that of torch.ao's structured pruner; the zero-invariant groups of
         Only-Train-Once (arXiv 2107.07467) are the special case in which every constant is zero.
     """
-    model = (
-        getattr(model, "module", model)
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-        else model
-    )
+    model = unwrapped(model)
     base = copy.deepcopy(model)
     training = {path: module.training for path, module in base.named_modules()}
     base.eval()

@@ -262,8 +262,8 @@ def remap_optimizer_(optimizer: torch.optim.Optimizer, dense: nn.Module, compact
 
     Args:
         optimizer: built over parameters of `dense`; changed in place. Learning rates, schedulers and step counts stay.
-        dense: the model before.
-        compact: what `compact` made of it. (Wrap it in DDP afterwards; DDP holds no state of its own.)
+        dense: the model before, wrapped (DDP, DataParallel) or not.
+        compact: what `compact` made of it. Wrap it in DDP again; DDP holds no state of its own.
 
     Returns:
         The same optimiser. Parameters that vanished leave it; biases that compaction added join the first group.
@@ -271,6 +271,7 @@ def remap_optimizer_(optimizer: torch.optim.Optimizer, dense: nn.Module, compact
     Raises:
         PruneError: the optimiser holds parameters that are not the dense model's.
     """
+    dense, compact = unwrapped(dense), unwrapped(compact)
     spec = compaction_spec(compact)
     names = {id(parameter): name for name, parameter in dense.named_parameters()}
     new = dict(compact.named_parameters())
@@ -311,23 +312,34 @@ def remap_state_dict(state: Mapping[str, Tensor], compact: nn.Module) -> dict[st
 
         small_average = remap_state_dict(average, small)
 
-    Tensors of vanished modules are left out. Constants that compaction pushed into biases are not: a dense average
+    Tensors of vanished modules are left out. Names may begin with ``module.``, as those of DDP and of
+    ``torch.optim.swa_utils.AveragedModel`` do. Constants that compaction pushed into biases are not: a dense average
     with zeros elsewhere than the model's would need its own compaction.
 
     Raises:
         PruneError: a tensor has another shape than the dense model's.
     """
-    spec = compaction_spec(compact)
+    compact = unwrapped(compact)
+    spec, own = compaction_spec(compact), tensor_owners(compact)
     out = {}
-    for name, tensor in state.items():
+    for key, tensor in state.items():
+        name = key if key in own else key.removeprefix("module.")
         if any(name.startswith(f"{path}.") for path in spec.identities):
             continue
         if name in spec.kept and list(tensor.shape) != list(spec.shapes[name]):
             raise PruneError(
                 f"{name!r} has shape {tuple(tensor.shape)}, the dense model's is {tuple(spec.shapes[name])}"
             )
-        out[name] = spec.slice(name, tensor)
+        out[key] = spec.slice(name, tensor)
     return out
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, DataParallel or an ``AveragedModel``."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+    while isinstance(model, wrappers):
+        model = model.module
+    return model
 
 
 def replaced_class(name: str) -> type[nn.Module]:

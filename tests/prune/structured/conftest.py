@@ -84,7 +84,8 @@ class GroupedQueryAttention(nn.Module):
 
 
 class EveryOperator(nn.Module):
-    """Two inputs, three outputs, and every family of operators that the analysis has a rule for."""
+    """Two inputs, three outputs, and every family of operators that the analysis has a rule for; `OtherOperators` has
+    the rest."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,6 +135,62 @@ class EveryOperator(nn.Module):
         t = t + self.mlp(self.norms[2](t))
         sequence = self.tokens(F.leaky_relu(self.conv1d(t.transpose(1, 2))).permute(0, 2, 1))
         return {"logits": logits, "sequence": sequence, "features": y.mean(1)}
+
+
+class OtherOperators(nn.Module):
+    """What `EveryOperator` leaves out: the rarer operators, and the rarer ways of writing the common ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.shuffle = nn.Sequential(
+            nn.Conv2d(12, 12, 1, groups=3), nn.ChannelShuffle(3), nn.Conv2d(12, 6, 1, groups=3)
+        )
+        self.grouped_up = nn.ConvTranspose2d(6, 8, 2, 2, groups=2)
+        self.folded, self.patches = nn.Conv2d(32, 5, 1), nn.Linear(12 * 9, 7)
+        self.volume = nn.Sequential(nn.Conv3d(2, 6, 3, padding=1), nn.ReLU(), nn.ConvTranspose3d(6, 4, 2, 2))
+        self.sequence = nn.Sequential(nn.Conv1d(7, 8, 3), nn.Tanh(), nn.ConvTranspose1d(8, 6, 3))
+        self.left, self.right = nn.Linear(6, 10), nn.Linear(6, 10, bias=False)
+        self.rms, self.words = nn.RMSNorm(6), nn.Embedding(9, 10, padding_idx=0)
+        self.matrix, self.shift = nn.Parameter(torch.randn(10, 8)), nn.Parameter(torch.randn(8))
+        self.mixed, self.head = nn.Linear(8, 9), nn.Linear(18, 4)
+        self.grid = nn.Buffer(torch.rand(1, 4, 4, 2) * 2 - 1)
+        self.order = nn.Buffer(torch.tensor([2, 0, 1, 3]))
+
+    def image(self, x: Tensor) -> list[Tensor]:
+        x = F.elu(self.stem(F.pad(x, (1, 1, 1, 1), mode="replicate"))[:, :, 1:-1, 1:-1])
+        y = self.grouped_up(F.gelu(self.shuffle(x)))
+        y = self.folded(F.pixel_unshuffle(F.avg_pool2d(y, 2), 2))
+        y = F.grid_sample(y, self.grid.expand(len(y), -1, -1, -1), align_corners=False)
+        y = torch.roll(y, 1, -1).flip(2) * y.softmax(-1) + torch.zeros_like(y)
+        x = self.patches(F.unfold(F.lp_pool2d(x, 2, 2), 3).transpose(1, 2))  # (N, L, 7)
+        x = self.sequence(F.softplus(x.mT))  # (N, 6, L)
+        return [x.movedim(1, 2), y.std((2, 3)), torch.var_mean(y, (2, 3))[1], y.flatten(2).logsumexp(-1)]
+
+    def mix(self, x: Tensor, words: Tensor) -> Tensor:
+        x = self.rms(x)
+        a, b = torch.tanh(self.left(x)), self.right(x).sigmoid()  # (N, L, 10)
+        alike = torch.einsum("nlc,nmc->nlm", a, b).softmax(-1)
+        a = torch.baddbmm(a, alike, b)
+        a = torch.bmm(alike.tril(), a) + self.words(words).repeat(1, 2, 1) + self.words(words).repeat_interleave(2, 1)
+        heads = a.view(len(a), -1, 2, 5).swapaxes(1, 2)
+        mask = torch.ones(4, 4, dtype=torch.bool).tril()
+        heads = F.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask)
+        a = heads.transpose(1, 2).reshape(a.shape)
+        a = a.index_select(1, self.order)[:, self.order]
+        first, second, third = a.split_with_sizes([1, 2, 1], 1)
+        fourth, fifth = second.tensor_split(2, 1)
+        a = torch.concat([first, third, fourth, fifth], 1).sort(1)[0].cumsum(1)
+        flat = torch.mm(a.reshape(-1, 10), self.matrix)
+        flat = torch.addmm(self.shift, flat.T.t(), torch.eye(8, dtype=flat.dtype))
+        out = self.mixed(F.silu(flat)).view(len(a), -1, 9)
+        pair = torch.stack([out.narrow(1, 0, 2), out.narrow(1, 2, 2)]).unbind(0)
+        both = torch.cat([pair[0].select(1, 0), torch.maximum(pair[1].amax(1), pair[0].amin(1))], 1)
+        return self.head(both)
+
+    def forward(self, image: Tensor, volume: Tensor, words: Tensor) -> tuple[Tensor, ...]:
+        tokens, *rest = self.image(image)
+        return (self.mix(tokens, words), self.volume(volume).mean((2, 3, 4)), *rest)
 
 
 def randomise_(model: nn.Module) -> nn.Module:

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import sparse_engine as se
 from sparse_engine.errors import PruneError
 from sparse_engine.prune.structured import Flops, Latency, Parameters, analyse, capture, compact, prune_channels
-from sparse_engine.prune.structured.targets import nothing_removed, time_layer
+from sparse_engine.prune.structured.targets import nothing_removed, preferred_multiple, time_layer
+from sparse_engine.train.stp import executable_time
 
 from .conftest import EveryOperator, conv_bn, randomise_
 
@@ -127,6 +128,36 @@ def test_latency_target_follows_its_table():
     assert Latency(measure=measure, rounding=1)(real, nothing_removed(real)) == pytest.approx(
         report.cost_after, rel=0.05
     )
+
+
+@pytest.mark.parametrize("likes", [1, 4, 8])
+def test_rounding_follows_what_the_kernels_like(likes: int):
+    """On a machine whose time goes up in steps of so many channels, groups keep multiples of that, and nothing else."""
+
+    def clock(layer: nn.Module, x: torch.Tensor) -> float:
+        whole = [-(-size // likes) * likes for size in layer.weight.shape[:2]]
+        return whole[0] * whole[1] * x.shape[-1] * 1e-4 + 0.1
+
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 48, 3),
+        nn.ReLU(),
+        nn.Conv2d(48, 64, 3),
+        nn.ReLU(),
+        nn.Conv2d(64, 96, 1),
+        nn.Conv2d(96, 2, 1),
+    ]
+    model, x = randomise_(nn.Sequential(*layers)), torch.randn(1, 3, 12, 12)
+    assert preferred_multiple(analyse(capture(model, x)), Latency(measure=clock)) == likes
+    report = prune_channels(model, x, target=0.4, multiple=Latency(measure=clock))
+    assert report.multiple == likes
+    assert all(kept % likes == 0 for kept, _ in report.kept.values())
+    assert report.cost_after <= 0.4 * report.cost_before
+    real = Latency(measure=executable_time)
+    assert preferred_multiple(
+        analyse(capture(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2)).eval(), x[0, 0, :, :6])), real
+    )
+    assert real.table
 
 
 def test_time_layer_returns_milliseconds():

@@ -155,6 +155,46 @@ def test_adam_state_and_scalar_state_survive():
         remap_optimizer_(optimizer, model, small)
 
 
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_ddp_and_a_moving_average_go_on_with_the_compact_model(process_group):
+    """Wrapped before and wrapped after: the optimiser's state and the average come along, and a step keeps in time."""
+    torch.manual_seed(0)
+    model = randomise_(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        wrapped(torch.randn(3, 4)).square().sum().backward()
+        optimizer.step()
+        average.update_parameters(wrapped.module)
+    for network in (model, average.module):
+        network[0].weight.data[:2] = 0
+        network[0].bias.data[:2] = 0
+    small = compact(wrapped, torch.randn(2, 4))
+    assert small[0].out_features == 4
+    moments = optimizer.state[model[2].weight]["exp_avg"][:, 2:].clone()
+    again = nn.parallel.DistributedDataParallel(small)
+    remap_optimizer_(optimizer, wrapped, again)
+    assert [p for group in optimizer.param_groups for p in group["params"]] == list(again.parameters())
+    assert torch.equal(optimizer.state[small[2].weight]["exp_avg"], moments)
+    smaller = torch.optim.swa_utils.AveragedModel(small)
+    smaller.load_state_dict(remap_state_dict(average.state_dict(), again))
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(smaller(x), average(x))
+    assert int(smaller.n_averaged) == 2
+    again(x).sum().backward()
+    before = small[0].weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(small[0].weight, before)
+
+
 def test_files_that_do_not_fit(pair: tuple[nn.Module, nn.Module], tmp_path):
     _, small = pair
     path = tmp_path / "small.safetensors"

@@ -133,6 +133,34 @@ def test_taylor_is_the_first_order_effect_of_removal():
     torch.testing.assert_close(fisher.float(), each.square().mean(1))
 
 
+def test_hessian_is_the_second_order_effect_of_removal():
+    """Against the full Hessian in the factors: exact for few units, and by probes where the Hessian is diagonal."""
+    torch.manual_seed(2)
+    model = randomise_(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))).double()
+    groups = groups_of(model, torch.randn(2, 4).double())
+    batches = [(torch.randn(6, 4).double(), torch.randint(3, (6,))) for _ in range(2)]
+    expected = torch.zeros(5, dtype=torch.double)
+    for x, y in batches:
+
+        def loss(factor: torch.Tensor, x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
+            state = {"0.weight": model[0].weight * factor[:, None], "0.bias": model[0].bias * factor}
+            return nn.functional.cross_entropy(torch.func.functional_call(model, state, (x,)), y)
+
+        ones = torch.ones(5, dtype=torch.double)
+        curvature, slope = torch.func.hessian(loss)(ones).diagonal(), torch.func.grad(loss)(ones)
+        expected += (curvature / 2 - slope) / 2
+    scores = channel_scores(model, groups, "hessian", normaliser="none", data=batches)[0]
+    torch.testing.assert_close(scores, expected.abs())
+
+    wide = randomise_(nn.Sequential(nn.Linear(4, 50), nn.Linear(50, 50, bias=False))).double()
+    wide[1].weight.data.copy_(torch.eye(50))
+    groups, x = groups_of(wide, torch.randn(2, 4).double()), torch.randn(6, 4).double()
+    scores = channel_scores(
+        wide, groups, "hessian", normaliser="none", data=(x, x), loss=lambda outputs, _: outputs.square().sum()
+    )[0]
+    torch.testing.assert_close(scores, wide(x).square().sum(0).detach())  # g = 2 Σ y², h = 2 Σ y²
+
+
 def test_scoring_leaves_the_model_alone():
     model = randomise_(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))).train()
     groups = groups_of(model.eval(), torch.randn(2, 4))
@@ -183,5 +211,8 @@ def test_errors_of_the_criteria():
         channel_scores(model, groups, "taylor")
     with pytest.raises(PruneError, match="bn_scale"):
         channel_scores(model, groups, "bn_scale")
-    with pytest.raises(PruneError, match="without a single batch"):
-        channel_scores(model, groups, "fisher", data=[])
+    for criterion in ("fisher", "hessian"):
+        with pytest.raises(PruneError, match="without a single batch"):
+            channel_scores(model, groups, criterion, data=[])
+    with pytest.raises(PruneError, match="needs data"):
+        channel_scores(model, groups, "hessian")
