@@ -13,7 +13,15 @@ from torch.nn.utils import parametrize
 from sparse_engine.errors import FileFormatError, ShapeError, SparseEngineError, StructureError
 from sparse_engine.ops import native
 from sparse_engine.ops.pattern import Pattern
-from sparse_engine.ops.sparse_conv2d import EagerConv2d, output_size, resolve_padding, sparse_conv2d
+from sparse_engine.ops.sparse_conv2d import (
+    ChannelLists,
+    EagerConv2d,
+    ListedConv2d,
+    channel_lists,
+    output_size,
+    resolve_padding,
+    sparse_conv2d,
+)
 from sparse_engine.ops.sparse_conv2d import forward_into as conv2d_into
 from sparse_engine.ops.sparse_conv2d import memory_format as conv2d_memory_format
 from sparse_engine.ops.sparse_conv2d import product as conv2d_product
@@ -409,6 +417,8 @@ class SparseConv2d(SparseLayer):
         torch.Size([2, 32, 8, 8])
     """
 
+    _lists: ChannelLists | None  # made with `_native`
+
     def __init__(
         self,
         in_channels: int,
@@ -473,6 +483,8 @@ class SparseConv2d(SparseLayer):
                 size = output_size(x.shape[2], x.shape[3], self.kernel_size, self.stride, self._edges, self.dilation)
                 if product is not None and size[0] > 0 and size[1] > 0:
                     if native.wants_gradient(x, values, bias):
+                        if self._lists is not None and x.is_contiguous():
+                            return ListedConv2d.apply(x, values, bias, self._pattern, self._lists, self._geometry)
                         return EagerConv2d.apply(x, values, bias, self._pattern, product, size, self._geometry)
                     order = conv2d_memory_format(x, product)
                     y = torch.empty((x.shape[0], self.out_channels, *size), dtype=float32, memory_format=order)
@@ -501,6 +513,7 @@ class SparseConv2d(SparseLayer):
         if native.why_not_extension("Conv2d") or pattern.num_values == 0:
             return None
         self._native = conv2d_product(pattern.row_ptr, pattern.cols, *self._geometry)
+        self._lists = channel_lists(self._template, self._geometry)
         return self._native
 
     def extra_repr(self) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import sparse_engine as se
 from sparse_engine.distill.batch import Batch
 from sparse_engine.errors import PruneError, RecipeError
 from sparse_engine.prune.structured import Latency, compaction_spec, load_compact
@@ -231,6 +232,37 @@ def test_a_recipe_with_a_latency_target(tmp_path, monkeypatch):
     assert len(set(asked)) > 4
     left = sum(m.weight.numel() for m in result.model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear))
     assert left <= 0.5 * weights
+
+
+FAMILIES = {
+    "resnet18": {"small_input": True, "width": 8},
+    "mobilenet_v2": {"small_input": True, "width": 0.25},
+    "vit_small": {"layers": 2, "width": 24, "mlp": 32, "heads": 3, "image_size": 8},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "vit_small"] + ["vit_small"]
+)
+def test_a_recipe_runs_to_an_executable(name: str, tmp_path):
+    """The ImageNet form of ResNets, inverted residuals and transformers: searched, extracted, converted."""
+    settings = {
+        "model.name": name, "model.options": FAMILIES[name], "data.limit": 96, "train.epochs": 2,
+        "train.batch_size": 16, "stp.pool": 2, "stp.rounds": 1, "stp.target": 0.6, "stp.calibration": 2,
+        "convert.tune": False, "convert.tolerance": 0.0,
+    }  # fmt: skip
+    result = run("stp", "digits", out=tmp_path / "run", progress=False, **settings)
+    found = result.summary["stp"]
+    assert found["cost"] <= 0.6 * found["full_cost"]
+    executable = se.load(tmp_path / "run" / "model.spx")
+    x = torch.rand(3, 1, 8, 8)
+    with torch.no_grad():
+        expected = result.model(x)
+    torch.testing.assert_close(executable(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    dense = models.build(name, num_classes=10, in_channels=1, **FAMILIES[name])
+    assert sum(p.numel() for p in result.model.parameters()) < sum(p.numel() for p in dense.parameters())
+    rebuilt = load_compact(tmp_path / "run" / "compact.safetensors", dense).eval()
+    torch.testing.assert_close(rebuilt(x), expected)
 
 
 def test_errors():

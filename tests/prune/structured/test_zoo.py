@@ -29,7 +29,8 @@ CLASSIFIERS: list[tuple[str, int, dict[str, Any]]] = [
     *((name, 64, {}) for name in ("shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5")),
     *((name, 64, {}) for name in ("efficientnet_b0", "efficientnet_b1", "efficientnet_b3", "efficientnet_v2_s")),
     *((name, 64, {}) for name in ("regnet_x_400mf", "regnet_y_400mf", "regnet_x_1_6gf", "regnet_y_1_6gf")),
-    *((name, 64, {}) for name in ("convnext_tiny", "convnext_small", "swin_t", "swin_v2_t", "maxvit_t")),
+    *((name, 64, {}) for name in ("convnext_tiny", "convnext_small", "swin_t", "swin_v2_t")),
+    ("maxvit_t", 224, {}),  # its windows of 7 x 7 fit no smaller image
     ("googlenet", 64, {"init_weights": False}),
     ("inception_v3", 96, {"init_weights": False}),
     ("vit_b_16", 32, {"image_size": 32}),
