@@ -4,6 +4,7 @@
     python -m bench.repro.stp run --name cifar10 --data DIR/cifar-10-batches-py --model resnet20 --option A --width 16 \
         --checkpoint DIR/checkpoints/resnet20_cifar10.safetensors --samples 10000 --epochs 5 --amp
     python -m bench.repro.stp latency --name cifar10
+    python -m bench.repro.stp curves --name digits --data digits --epochs 12
 
 Every method trains for the same number of epochs on the same batches. With a checkpoint, methods that shrink a trained
 network start from it; only the uniform width is trained from scratch. Rows that `bench/results/reproduction_stp_*.json`
@@ -25,7 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import results_io
 from sparse_engine.convert import convert
+from sparse_engine.convert import load as load_executable
 from sparse_engine.distill import CrossEntropy, Objective
+from sparse_engine.errors import PruneError
 from sparse_engine.io import load_state, read_checkpoint
 from sparse_engine.prune.structured import compact, load_compact, prune_channels, save_compact
 from sparse_engine.train import Mechanism, Phase, accuracy, fit, load_data, models
@@ -102,6 +105,17 @@ class ScalePenalty(Mechanism):
 
     def penalty(self) -> Tensor:
         return self.strength * sum(norm.weight.abs().sum() for norm in self.norms)
+
+
+class WeightPenalty(Mechanism):
+    """The L1 norm of all filters joins the loss: the training that relative sparsity is compared with."""
+
+    def __init__(self, model: nn.Module, strength: float = 1e-4) -> None:
+        self.weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        self.strength = strength
+
+    def penalty(self) -> Tensor:
+        return self.strength * sum(weight.abs().sum() for weight in self.weights)
 
 
 class RandomMember(StimulativeTraining):
@@ -191,7 +205,7 @@ class Bench:
         part = StpPart(target=target, pool=given.pool, rounds=given.rounds, **STP_VARIANTS[method])
         objective = kind(Supernet(model, self.x()), part, seed=self.seed)
         self.fit(model, given.epochs, objective, [objective.mechanism()], tuning=bool(given.checkpoint))
-        full = accuracy(model, self.test)
+        full = None if given.checkpoint else accuracy(model, self.test)
         small = objective.finish(batch.inputs for batch in self.batches().epoch(0))
         kept, dropped = magnitudes(objective.supernet, objective.subnet)
         return small, {
@@ -262,12 +276,16 @@ def measure(name: str, settings: Settings, methods: list[str], targets: list[flo
         if (method, target, seed) in finished:
             continue
         began, busy = time.perf_counter(), time.process_time()
-        if method == "dense":
-            model, more = bench.dense()
-        elif method in STP_VARIANTS:
-            model, more = bench.stp(method, target)
-        else:
-            model, more = bench.baseline(method, target)
+        try:
+            if method == "dense":
+                model, more = bench.dense()
+            elif method in STP_VARIANTS:
+                model, more = bench.stp(method, target)
+            else:
+                model, more = bench.baseline(method, target)
+        except PruneError as error:  # depth alone does not reach every target
+            print(f"{method:30s} target {target:.2f} seed {seed}: {error}", flush=True)
+            continue
         row = {"method": method, "target": target, "seed": seed, "accuracy": accuracy(model, test)}
         row |= {"flops": bench.flops(model) / dense_flops, **more, **settings.described()}
         row |= {
@@ -291,33 +309,107 @@ def measure(name: str, settings: Settings, methods: list[str], targets: list[flo
         )
 
 
-def latency(name: str, batch: int, seconds: float) -> None:
-    """Time the executables of all networks that are kept, in turns with the dense one, and store the medians."""
+TRAININGS = ("plain", "l1 penalty", "stimulative")
+
+
+def curves(name: str, settings: Settings, seeds: list[int], target: float) -> None:
+    """Relative sparsity: after each epoch the mean absolute weight of the larger half of every group's filters, and of
+    the smaller half, in plain, L1-penalised and stimulative training from the same start."""
+    rows: list[dict[str, Any]] = []
+    train, test = load_data(settings.data, augment=True)
+    if settings.samples:
+        train = train.subset(torch.arange(settings.samples))
+    for seed in seeds:
+        for training in TRAININGS:
+            rows += _curve(Bench(settings, seed, (train, test)), training, target)
+            print(f"{training}, seed {seed}: ratio {rows[-1]['ratio']:.3f} at the end", flush=True)
+    described = {**settings.described(), "target": target}
+    results_io.write(
+        f"relative_sparsity_{name}",
+        rows=[row | described for row in rows],
+        claim="Kept against dropped magnitude over training: plain, L1-penalised and stimulative.",
+        seeds=seeds,
+    )
+
+
+def _curve(bench: Bench, training: str, target: float) -> list[dict[str, Any]]:
+    """A row for the start and for each epoch of one training."""
+    settings, model = bench.settings, bench.model()
+    probe = Supernet(model, bench.x())
+    half = Subnet(probe.full.depths, tuple(max(1, width // 2) for width in probe.full.widths))
+    objective: Objective = CrossEntropy()
+    mechanisms: list[Mechanism] = []
+    if training == "l1 penalty":
+        mechanisms = [WeightPenalty(model)]
+    elif training == "stimulative":
+        part = StpPart(target=target, pool=settings.pool, rounds=settings.rounds)
+        objective = StimulativeTraining(Supernet(model, bench.x()), part, seed=bench.seed)
+        mechanisms = [objective.mechanism()]
+    rows: list[dict[str, Any]] = []
+
+    def record(epoch: int) -> None:
+        probe.set_order("l1")
+        kept, dropped = magnitudes(probe, half)
+        rows.append({
+            "training": training, "seed": bench.seed, "epoch": epoch, "kept_magnitude": kept,
+            "dropped_magnitude": dropped, "ratio": kept / max(dropped, 1e-12),
+        })  # fmt: skip
+
+    record(0)
+    phase = Phase("train", model, objective, bench.batches(), bench.part, settings.epochs, mechanisms)
+    fit(phase, after_epoch=lambda result: record(result.epoch + 1))
+    rows[-1]["accuracy"] = accuracy(model, bench.test)
+    return rows
+
+
+def latency(name: str, batch: int, seconds: float, at_most: int | None) -> None:
+    """Time the executables of all networks that are kept, in turns with the dense one, and store the medians.
+
+    Executables are kept too: with `at_most` so many missing ones are converted and nothing is timed.
+    """
     rows = stored(name)
-    executables, owners = {}, {}
+    executables, owners, fresh = {}, {}, 0
     for position, row in enumerate(rows):
         path = network_path(name, row)
-        dense = models.build(row["model"], num_classes=10, in_channels=_channels(row), option=row["option"],
-                             width=row["width"])  # fmt: skip
-        if row["method"] == "dense":
-            if row["seed"] == rows[0]["seed"]:
-                dense.load_state_dict(torch.load(path.with_suffix(".pt"), weights_only=True))
-                network: nn.Module | None = dense
-            else:
-                network = None
-        else:
-            network = load_compact(path, dense) if path.exists() else None
+        network = _kept_network(row, path, first=rows[0]["seed"])
         if network is None:
             continue
         x = torch.randn(batch, _channels(row), *_image(row))
-        exe = convert(network.eval(), (x[:1],), threads=1)
+        file = path.with_suffix(f".{batch}.spx")
+        if not file.exists() or file.stat().st_mtime < _source(row, path).stat().st_mtime:
+            if at_most is not None and fresh == at_most:
+                print("more are to be converted")
+                return
+            convert(network.eval(), (x,), threads=1).save(file)
+            fresh += 1
+        exe = load_executable(file, threads=1)
         owners[str(position)] = row
         executables[str(position)] = lambda exe=exe, x=x: exe(x)
+    if at_most is not None:
+        print(f"{len(executables)} executables are there")
+        return
     times = results_io.interleaved(executables, seconds=seconds)
     for key, row in owners.items():
         row["latency_ms"] = times[key]["median_ms"]
         row["latency_batch"] = batch
     write(name, rows, results_io.read(results_name(name))["command"])  # the command that made the rows
+
+
+def _source(row: dict[str, Any], path: Path) -> Path:
+    return path.with_suffix(".pt") if row["method"] == "dense" else path
+
+
+def _kept_network(row: dict[str, Any], path: Path, first: int) -> nn.Module | None:
+    """The network behind a row; None where it is not kept (of the dense ones only the first seed's is timed)."""
+    if not _source(row, path).exists() or (row["method"] == "dense" and row["seed"] != first):
+        return None
+    dense = models.build(
+        row["model"], num_classes=10, in_channels=_channels(row), option=row["option"], width=row["width"]
+    )
+    if row["method"] != "dense":
+        return load_compact(path, dense)
+    dense.load_state_dict(torch.load(path.with_suffix(".pt"), weights_only=True))
+    return dense
 
 
 def _channels(row: dict[str, Any]) -> int:
@@ -363,13 +455,26 @@ def main() -> None:
     run.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     run.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     run.add_argument("--threads", type=int, default=1)
+    curved = commands.add_parser("curves", help="relative sparsity over training, against plain and L1-penalised")
+    curved.add_argument("--name", required=True)
+    curved.add_argument("--data", default="digits")
+    curved.add_argument("--epochs", type=int, default=12)
+    curved.add_argument("--samples", type=int)
+    curved.add_argument("--target", type=float, default=0.3)
+    curved.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     timing = commands.add_parser("latency", help="time the networks that were kept, as executables")
     timing.add_argument("--name", required=True)
     timing.add_argument("--batch", type=int, default=1)
     timing.add_argument("--seconds", type=float, default=30.0)
+    timing.add_argument("--convert", type=int, help="only convert at most so many networks that are not yet converted")
     args = parser.parse_args()
     if args.command == "latency":
-        latency(args.name, args.batch, args.seconds)
+        latency(args.name, args.batch, args.seconds, args.convert)
+        return
+    if args.command == "curves":
+        torch.set_num_threads(1)
+        settings = Settings(args.data, epochs=args.epochs, samples=args.samples, rounds=1)
+        curves(args.name, settings, args.seeds, args.target)
         return
     torch.set_num_threads(args.threads)
     settings = Settings(
