@@ -30,7 +30,7 @@ SCALES: dict[str, dict[str, Any]] = {
     "mnist": {
         "epochs": 10, "hidden": [256, 256], "pipeline_hidden": [784, 784], "limit": 5000, "coreset_rate": 0.02,
         "sparsities": (0.9, 0.95, 0.98, 0.995), "densities": (0.1, 0.01, 0.003, 0.001), "stage_density": 0.01,
-        "all_stages": True, "studies": ("epsd", "pipeline", "coreset"),
+        "all_stages": True, "alone_density": 0.001, "studies": ("epsd", "pipeline", "coreset"),
     },
 }  # fmt: skip
 SCALES["fashion_mnist"] = SCALES["mnist"]
@@ -204,6 +204,10 @@ def pipeline_cells(scale: str) -> Iterator[Cell]:
     density = SCALES[scale]["stage_density"]
     for stages in stage_sets(scale):
         yield {"kind": "pipeline", "method": "stages", "density": density, "stages": stages}
+    if "alone_density" in SCALES[scale]:  # far below what magnitude reaches, where the stages have to show what they do
+        for name in STAGES:
+            cell = {"kind": "pipeline", "method": "stages", "density": SCALES[scale]["alone_density"]}
+            yield {**cell, "stages": [name]}
     # the collapse: penalties in full force from the first step on, and what helps against it
     for stages in (["zero"], ["mask"], ["zero", "mask"]):
         yield {"kind": "pipeline", "method": "ablation", "density": density, "stages": stages}
@@ -366,9 +370,9 @@ def rank(cell: Cell, scale: str) -> int:
             return 0
         if density not in low_densities(scale):
             return 3
-        # a large network is compared at one density first, a small one at all of them
-        every = method not in ("random", "grasp") and "model" not in SCALES[scale]
-        return 0 if every or density == LOW_DENSITY else 1
+        if "model" in SCALES[scale]:  # a large network is compared at one density first, with the nearest rivals
+            return 0 if density == LOW_DENSITY and method in ("pipeline", "magnitude", "iterative", "rigl") else 1
+        return 0 if method not in ("random", "grasp") or density == LOW_DENSITY else 1
     fraction, score = cell["fraction"], cell["score"]
     if cell.get("noise"):
         return 0
