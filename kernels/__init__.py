@@ -26,7 +26,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "unpack_blocks",
     ),
     "distill": ("DistillResult", "distill_rows", "kd_loss", "scale_rows_"),
-    "self_distill": ("PredictionTable", "cs_kd_loss", "dlb_loss", "ps_kd_loss"),
+    "self_distill": ("PredictionTable", "TableRows", "cs_kd_loss", "dlb_loss", "ps_kd_loss", "ps_kd_rows"),
     "linear_kd": ("LinearKDResult", "linear_kd_loss"),
     "masked": ("TileLists", "masked_input_gradient", "masked_linear", "masked_weight_gradient", "tile_lists"),
     "conv": (

@@ -122,6 +122,7 @@ def distill_kernel(
     SMOOTH: tl.constexpr,
     GRADIENT: tl.constexpr,
     T_POWER: tl.constexpr,  # T where it is 1, 2 or 4, else 0
+    KL: tl.constexpr,  # whether the soft part contains the teacher's entropy
     RESIDENT: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -158,7 +159,9 @@ def distill_kernel(
     z_total = 0.0  # Σ z, for label smoothing
     t_max = -float("inf")
     t_sum = 0.0  # Σ exp((t − max) / T)
-    cross = 0.0  # Σ exp((t − max) / T)(t − z) / T; for probabilities Σ p (log p − z / T)
+    cross = (
+        0.0  # Σ exp((t − max) / T)(t − z) / T; for probabilities Σ p (log p − z / T); without KL only the parts in z
+    )
     mass = 1.0  # Σ p
     if SOFT == "probabilities":
         mass = 0.0
@@ -188,11 +191,13 @@ def distill_kernel(
             fade = tl.exp((t_max - base) * inv_t)
             e_t = tl.exp((t - base) * inv_t)
             t_sum = t_sum * fade + tl.sum(e_t, 0)
-            cross = cross * fade + tl.sum(tl.where(e_t == 0.0, 0.0, e_t * ((t - z) * inv_t)), 0)
+            terms = (t - z) * inv_t if KL else -z * inv_t
+            cross = cross * fade + tl.sum(tl.where(e_t == 0.0, 0.0, e_t * terms), 0)
             t_max = new_max
         elif SOFT == "probabilities":
             mass += tl.sum(t, 0)
-            cross += tl.sum(tl.where(t == 0.0, 0.0, t * (tl.log(t) - z * inv_t)), 0)
+            terms = tl.log(t) - z * inv_t if KL else -z * inv_t
+            cross += tl.sum(tl.where(t == 0.0, 0.0, t * terms), 0)
     if HARD:
         lse = z_max + tl.log(z_sum)
         hard = lse - z_y
@@ -204,7 +209,9 @@ def distill_kernel(
             hard_scale = tl.where((y < 0) & (hard_scale != 0.0), float("nan"), hard_scale)
     if SOFT != "none":
         lse_t = z_max * inv_t + tl.log(zt_sum)
-        if SOFT == "logits":
+        if SOFT == "logits" and not KL:
+            soft = cross / t_sum + lse_t
+        elif SOFT == "logits":
             # the two maxima apart, so that large logits cancel before they are rounded
             soft = cross / t_sum + (z_max - t_max) * inv_t + tl.log(zt_sum) - tl.log(t_sum)
         else:
@@ -302,6 +309,7 @@ def distill_rows(
     temperature: float = 1.0,
     soft_targets: bool = False,
     teacher_index: torch.Tensor | None = None,
+    kl: bool = True,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     gradient: bool = True,
@@ -317,6 +325,7 @@ def distill_rows(
             computed.
         temperature: T > 0; soft targets are taken as already softened.
         teacher_index: [B] int64, the teacher's row for each row; negative: this row has no soft part.
+        kl: whether the soft part contains the teacher's entropy, which changes its value but not its gradient.
         label_smoothing: ε in [0, 1): the hard target is (1−ε)·onehot + ε/C.
         ignore_index: rows with this label add nothing to either part. Any other label outside [0, C) makes its row NaN.
         gradient: whether to compute it; in_place: whether it replaces `student`'s numbers.
@@ -376,7 +385,7 @@ def distill_rows(
             classes, 1.0 / temperature, float(label_smoothing), ignore_index,
             HARD=hard, SOFT=("probabilities" if soft_targets else "logits") if soft else "none",
             INDEXED=teacher_index is not None, LABELS=labels is not None, SMOOTH=label_smoothing > 0,
-            GRADIENT=gradient, T_POWER=int(temperature) if temperature in (1.0, 2.0, 4.0) else 0, **config,
+            GRADIENT=gradient, T_POWER=int(temperature) if temperature in (1.0, 2.0, 4.0) else 0, KL=kl, **config,
         )  # fmt: skip
     return DistillResult(hard_rows, soft_rows, out)
 
@@ -501,12 +510,15 @@ def aot_cases(arch: str) -> list:
         "SMOOTH": False,
         "GRADIENT": True,
         "T_POWER": 4,
+        "KL": True,
     }
     variants = [("bf16", classes, flags) for classes in (256, 1000, 2000, 4096, 8192, 16384, 32000, 131072)]
     variants += [("fp32", classes, flags) for classes in (1000, 16384, 32000)]
     variants += [
         ("bf16", 32000, flags | {"T_POWER": 0, "SMOOTH": True, "INDEXED": True}),
         ("bf16", 1000, flags | {"SOFT": "probabilities"}),
+        ("bf16", 1000, flags | {"SOFT": "probabilities", "KL": False, "T_POWER": 1}),
+        ("bf16", 32000, flags | {"KL": False}),
         ("bf16", 1000, flags | {"SOFT": "none", "SMOOTH": True, "T_POWER": 1}),
         ("bf16", 32000, flags | {"GRADIENT": False}),
         ("bf16", 1000, flags | {"HARD": False, "LABELS": False}),

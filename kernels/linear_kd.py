@@ -38,6 +38,7 @@ def linear_kd_loss(
     *,
     bias: torch.Tensor | None = None,
     teacher_bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
     temperature: float = 1.0,
     alpha: float = 0.5,
     label_smoothing: float = 0.0,
@@ -45,8 +46,8 @@ def linear_kd_loss(
     chunk: int | None = None,
     gradient: bool = True,
 ) -> tuple[torch.Tensor, LinearKDResult]:
-    """Distillation loss of `hidden · weightᵀ` against `teacher_hidden · teacher_weightᵀ`, mean over the rows that
-    count.
+    """Distillation loss of `hidden · weightᵀ` against `teacher_hidden · teacher_weightᵀ`: the sum of scale ·
+    loss over the rows, by default the mean over those that count.
 
     Example:
         >>> loss, gradients = linear_kd_loss(h, w, h_t, w_t, labels, temperature=2.0)   # doctest: +SKIP
@@ -55,6 +56,7 @@ def linear_kd_loss(
         hidden: [N, H] student's last hidden state; weight: [C, H]; bias: [C] or None.
         teacher_hidden: [N, H_t]; teacher_weight: [C, H_t]; teacher_bias: [C] or None: constants.
         labels: [N] int64, or None: no hard part.
+        scale: [N] fp32 factor of each row's loss; None: 1 / number of rows that are not ignored.
         alpha: weight of the soft part; the hard part has 1 − α.
         chunk: rows at a time; None: a sixteenth of the rows, at least 256.
         gradient: whether to compute the gradients of hidden, weight and bias.
@@ -82,13 +84,13 @@ def linear_kd_loss(
     )
     if labels is not None:
         check_lengths(name, labels=(labels.numel(), rows))
-        valid = (labels != ignore_index).reshape(-1).float()
-    else:
-        valid = torch.ones(rows, device=device)
     if chunk is not None and chunk < 1:
         raise ShapeError(f"{name}: chunk must be at least 1 row, got {chunk}")
     size = min(chunk or max(256, -(-rows // 16)), max(rows, 1))
-    scale = valid / valid.sum().clamp(min=1)
+    if scale is None:
+        valid = torch.ones(rows, device=device) if labels is None else (labels != ignore_index).reshape(-1).float()
+        scale = valid / valid.sum().clamp(min=1)
+    check_lengths(name, scale=(scale.numel(), rows))
     hard_on = labels is not None and alpha < 1
     soft_on = alpha > 0
     loss = torch.zeros((), device=device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from . import functional
 from .batch import Batch, as_batch, as_batches
-from .functional import LossParts, dlb_loss, kd_loss, kd_loss_into_table
+from .functional import LossParts, dlb_loss, kd_loss, kd_loss_into_table, linear_kd_loss
 from .modules import KDLoss
 from .objectives import (
     ClassWiseSelfDistillation,
@@ -46,4 +46,5 @@ __all__ = [
     "functional",
     "kd_loss",
     "kd_loss_into_table",
+    "linear_kd_loss",
 ]

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from sparse_engine.errors import ShapeError, SparseEngineError
 from sparse_engine.ops import native
-from sparse_engine.ops.kd_loss import fused_kd_loss, kd_rows, reference
+from sparse_engine.ops.kd_loss import fused_kd_loss, kd_rows, reference, scale_gradient, scales_in_place
+from sparse_engine.ops.kd_table import TOP_K, kd_table_rows, past_predictions, runs_in_one_pass, store_predictions
+from sparse_engine.ops.linear_kd import linear_kd
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -105,6 +107,7 @@ def kd_loss_into_table(
     samples: Tensor,
     *,
     alpha: float,
+    index: Tensor | None = None,
     ignore_index: int = -100,
     sample_weights: Tensor | None = None,
     reduction: str = "mean",
@@ -119,15 +122,18 @@ def kd_loss_into_table(
         loss = kd_loss_into_table(model(x), y, table, indices, alpha=0.8)
         loss.backward()
 
-    A contiguous float32 table on the CPU is read and replaced in the same pass that computes loss and gradient; others
-    by operations of PyTorch's.
+    A contiguous float32 table on the CPU, and any contiguous one on a GPU (best in float16), is read and replaced in
+    the same pass that computes loss and gradient; others by operations of PyTorch's.
 
     Args:
         logits: [B, C] of the student.
         targets: int64 [B] labels. Rows equal to ``ignore_index`` have no loss; what they predict is stored all the
             same.
-        table: [N, C] floating point, changed in place.
-        samples: int64 [B], the rows of the table.
+        table: [N, C] floating point, changed in place; or, with ``index``, the k largest probabilities of each sample,
+            [N, k], the rest of the mass being spread evenly over the other classes.
+        samples: int64 [B], the rows of the table. On a GPU they are not looked at beforehand: each may come once only,
+            and the loss of a sample that the table does not have is NaN.
+        index: int32 [N, k], the classes of a top-k table (-1: unused), changed in place; k is 1, 2, 4, 8 or 16.
         alpha: share of the past predictions, 0..1.
         ignore_index, sample_weights, reduction, return_parts: as for ``kd_loss``.
 
@@ -142,11 +148,14 @@ def kd_loss_into_table(
     options = _checked(
         logits, targets, None, None, 1.0, alpha, 1.0, 1.0, "ce", 0.0, ignore_index, None, sample_weights, reduction,
     )  # fmt: skip
-    if logits.dim() != 2 or not table.is_floating_point() or table.shape[1:] != logits.shape[1:]:
+    width = logits.shape[1:] if index is None else index.shape[1:]
+    if logits.dim() != 2 or not table.is_floating_point() or table.shape[1:] != width:
         raise ShapeError(
-            f"logits {tuple(logits.shape)} and the table, {table.dtype} {tuple(table.shape)}: floats [B, C] and [N, C] "
-            "expected"
+            f"logits {tuple(logits.shape)} and the table, {table.dtype} {tuple(table.shape)}: floats [B, C] and "
+            f"{'[N, C]' if index is None else f'{tuple(index.shape)} as of its index'} expected"
         )
+    if index is not None and (index.dtype != torch.int32 or index.shape != table.shape or table.shape[1] not in TOP_K):
+        raise ShapeError(f"index is {index.dtype} {tuple(index.shape)}; int32 [N, k] with k of {TOP_K} expected")
     if samples.shape != targets.shape or samples.dtype != torch.int64:
         raise ShapeError(f"samples are {samples.dtype} {tuple(samples.shape)}; int64 {tuple(targets.shape)} expected")
     if samples.device.type == "cpu" and samples.numel():
@@ -154,7 +163,7 @@ def kd_loss_into_table(
         if first < 0 or last >= len(table):
             raise SparseEngineError(f"samples run from {first} to {last}, but the table has {len(table)} rows")
     loss, hard, soft = _SoftmaxLoss.apply(
-        logits, targets, None, None, sample_weights, options, _Table(table.detach(), samples)
+        logits, targets, None, None, sample_weights, options, _Table(table.detach(), samples, index)
     )
     return LossParts(loss, hard, soft) if return_parts else loss
 
@@ -201,11 +210,109 @@ def dlb_loss(
     return _SoftmaxLoss.apply(logits, targets, last_logits.detach(), None, sample_weights, options, None)[0]
 
 
+def linear_kd_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    targets: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    alpha: float = 0.5,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    sample_weights: Tensor | None = None,
+    reduction: str = "mean",
+    chunk: int | None = None,
+) -> Tensor:
+    """``kd_loss(hidden @ weight.T, targets, teacher_logits=teacher_hidden @ teacher_weight.T)`` a chunk of rows at a
+    time: neither logits matrix is ever stored as a whole.
+
+    Example::
+
+        loss = linear_kd_loss(student.body(x), student.head.weight, teacher.body(x), teacher.head.weight, y, alpha=0.9)
+        loss.backward()
+
+    Args:
+        hidden: [..., H], the student's last hidden state. weight: [C, H]. bias: [C] or None. The gradients of these
+            three are computed with the loss, as far as they are wanted.
+        teacher_hidden: [..., H_t]. teacher_weight: [C, H_t]. teacher_bias: [C] or None. Never differentiated.
+        targets: int64 [...] labels; may be None with alpha = 1.
+        temperature, alpha, label_smoothing, ignore_index, sample_weights: as for ``kd_loss``.
+        reduction: ``"mean"`` over valid samples, or ``"sum"``.
+        chunk: rows at a time; by default a sixteenth of them, at least 256.
+
+    Returns:
+        A scalar, in float32 at least. It can be differentiated once.
+
+    Raises:
+        ShapeError: when shapes do not fit. SparseEngineError: for settings out of range.
+    """
+    if reduction not in ("mean", "sum"):
+        raise SparseEngineError(f"reduction is {reduction!r}; 'mean' or 'sum' expected")
+    if not 0 <= alpha <= 1 or not temperature > 0:
+        raise SparseEngineError(
+            f"alpha is {alpha} and has to lie in 0..1; temperature is {temperature}, positive expected"
+        )
+    if targets is None and alpha < 1:
+        raise SparseEngineError(f"alpha={alpha} needs targets for the hard part; give them, or alpha=1")
+    if hidden.shape[:-1] != teacher_hidden.shape[:-1] or hidden.dim() < 1:
+        raise ShapeError(
+            f"hidden {tuple(hidden.shape)} and teacher_hidden {tuple(teacher_hidden.shape)}: same samples expected"
+        )
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    theirs = teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1])
+    labels = None if targets is None else targets.reshape(-1).long()
+    exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    scale = rows.new_ones(len(rows), dtype=exact)
+    if sample_weights is not None:
+        scale = scale * sample_weights.detach().reshape(-1)
+    if reduction == "mean":
+        count = scale.new_tensor(len(rows)) if labels is None else (labels != ignore_index).sum()
+        scale = scale / count.clamp(min=1)
+    constants = (
+        theirs,
+        teacher_weight.detach(),
+        None if teacher_bias is None else teacher_bias.detach(),
+        labels,
+        scale,
+    )
+    settings = (float(temperature), float(alpha), float(label_smoothing), int(ignore_index), chunk)
+    return _LinearLoss.apply(rows, weight, bias, constants, settings)
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Loss and gradients in one pass over the chunks; the backward pass only scales."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, constants: Any, settings: Any) -> Tensor:
+        temperature, alpha, label_smoothing, ignore_index, chunk = settings
+        wanted = any(ctx.needs_input_grad[:3])
+        found = linear_kd(
+            hidden, weight, bias, *constants, temperature=temperature, alpha=alpha, label_smoothing=label_smoothing,
+            ignore_index=ignore_index, chunk=chunk, gradient=wanted,
+        )  # fmt: skip
+        ctx.save_for_backward(found.hidden, found.weight, found.bias)
+        return found.loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [
+            (gradient * upstream).to(gradient.dtype) if wanted else None
+            for gradient, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+        ]
+        return *gradients, None, None
+
+
 class _Table(NamedTuple):
     """Past predictions and the rows of them that a batch uses."""
 
-    values: Tensor  # [N, C]
+    values: Tensor  # [N, C], or [N, k]
     samples: Tensor  # [B]
+    index: Tensor | None = None  # [N, k]
 
 
 @dataclass(frozen=True)
@@ -255,8 +362,9 @@ class _SoftmaxLoss(torch.autograd.Function):
             if torch.compiler.is_compiling():
                 return None
             return fused_kd_loss(
-                rows, labels, theirs, table=table, teacher_from=options.teacher_from, class_weights=weights,
-                sample_weights=factors, temperature=options.temperature,
+                rows, labels, theirs, table=None if table is None else (table.values, table.samples),
+                teacher_from=options.teacher_from, class_weights=weights, sample_weights=factors,
+                temperature=options.temperature,
                 soft_targets=not options.teacher_is_logits, kl=options.soft_form == "kl",
                 hard_weight=options.hard_weight if labels is not None else 0.0,
                 soft_weight=options.soft_weight if theirs is not None or table is not None else 0.0,
@@ -264,12 +372,22 @@ class _SoftmaxLoss(torch.autograd.Function):
                 reduction=options.reduction, gradient=ctx.needs_input_grad[0],
             )  # fmt: skip
 
-        fused = fuse(table)
+        fused = fuse(table) if table is None or table.index is None else None
         if table is not None:
             ctx.overwritten = fused is not None
             if fused is None:
-                theirs = table.values[table.samples].to(rows.dtype)
-                table.values[table.samples] = torch.softmax(rows.to(exact), 1).to(table.values.dtype)
+                scale, _ = _scales(rows, labels, weights, factors, options, exact)
+                call = (rows, labels, table.values, table.index, table.samples, scale, options.soft_weight)
+                if not torch.compiler.is_compiling() and runs_in_one_pass(*call, options.ignore_index):
+                    hard, soft, ctx.gradient = kd_table_rows(
+                        rows, labels, table.values, table.samples, scale, alpha=options.soft_weight, index=table.index,
+                        ignore_index=options.ignore_index, gradient=ctx.needs_input_grad[0],
+                    )  # fmt: skip
+                    ctx.overwritten = True
+                    ctx.save_for_backward(logits, labels, None, weights, factors)
+                    return _reduced(ctx, hard * scale, soft * scale, options, logits.shape[:-1])
+                theirs = past_predictions(table.values, table.index, table.samples, classes).to(rows.dtype)
+                store_predictions(table.values, table.index, table.samples, torch.softmax(rows.to(exact), 1))
                 fused = fuse(None)
         if fused is not None:
             loss, hard, soft, ctx.gradient = fused
@@ -286,14 +404,12 @@ class _SoftmaxLoss(torch.autograd.Function):
         )  # fmt: skip
         if options.teacher_from:
             soft = torch.cat([torch.zeros_like(soft[: options.teacher_from]), soft[options.teacher_from :]])
-        hard, soft = (
-            (part * scale).view(logits.shape[:-1]) for part, scale in ((hard, hard_scale), (soft, soft_scale))
-        )
-        if options.reduction != "none":
-            hard, soft = hard.sum(), soft.sum()
-        ctx.save_for_backward(logits, labels, theirs, weights, factors, gradient)
-        ctx.mark_non_differentiable(hard, soft)
-        return options.hard_weight * hard + options.soft_weight * soft, hard, soft
+        if not torch.compiler.is_compiling() and scales_in_place(gradient):
+            ctx.gradient = gradient  # given away, and scaled where it lies, in the backward pass
+            ctx.save_for_backward(logits, labels, theirs, weights, factors)
+        else:
+            ctx.save_for_backward(logits, labels, theirs, weights, factors, gradient)
+        return _reduced(ctx, hard * hard_scale, soft * soft_scale, options, logits.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -309,13 +425,13 @@ class _SoftmaxLoss(torch.autograd.Function):
                 )
             # It could not be computed again, so it is kept.
             same = upstream.numel() == 1 and native.is_plain_input(upstream) and upstream.item() == 1
-            return (ctx.gradient if same else upstream * ctx.gradient, *none)
+            return (ctx.gradient if same else (upstream * ctx.gradient).to(logits.dtype), *none)
         if not torch.is_grad_enabled() and not kept and ctx.gradient is not None:
             # The fused gradient's memory is given away: the largest tensor of the step is neither copied nor scaled
             # elsewhere. Whoever comes again (retain_graph=True) has it computed anew.
             gradient, ctx.gradient = ctx.gradient.view(logits.shape), None
-            if not native.is_plain_input(upstream):
-                return (upstream * gradient, *none)
+            if not native.is_plain_input(upstream) or not native.is_plain_input(gradient):
+                return (scale_gradient(gradient, upstream), *none)
             return (gradient if upstream.numel() == 1 and upstream.item() == 1 else gradient.mul_(upstream), *none)
         gradient = kept[0] if kept else None
         if torch.is_grad_enabled() or gradient is None:
@@ -328,6 +444,19 @@ class _SoftmaxLoss(torch.autograd.Function):
             else:
                 *_, gradient = torch.ops.sparse_engine.kd_rows(*inputs, "auto")
         return ((upstream * gradient.view(logits.shape)).to(logits.dtype), *none)
+
+
+def _reduced(
+    ctx: Any, hard: Tensor, soft: Tensor, options: _Options, samples: torch.Size
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, hard and soft part from the scaled losses of the rows."""
+    hard, soft = hard.view(samples), soft.view(samples)
+    if options.reduction != "none":
+        hard, soft = hard.sum(), soft.sum()
+    ctx.mark_non_differentiable(hard, soft)
+    if options.hard_weight == 0:
+        return options.soft_weight * soft, hard, soft
+    return options.hard_weight * hard + options.soft_weight * soft, hard, soft
 
 
 def _padded(theirs: Tensor | None, options: _Options) -> Tensor | None:

@@ -16,6 +16,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from sparse_engine.errors import SparseEngineError
+from sparse_engine.ops.kd_table import TOP_K, past_predictions, store_predictions
 
 from .batch import Batch, Forward
 from .functional import dlb_loss, kd_loss, kd_loss_into_table
@@ -208,17 +209,39 @@ class ProgressiveSelfDistillation(Objective):
         classes: C.
         alpha: α_T.
         dtype: of the table; float16 halves it.
+        top_k: keep only the 1, 2, 4, 8 or 16 largest probabilities of each sample and spread the rest evenly.
+        device: where the table is. On the model's GPU one kernel gathers, mixes and replaces its rows, and nothing has
+            to wait for the GPU; on the CPU (default) it takes none of the GPU's memory.
     """
 
     needs = frozenset({"indices"})
 
-    def __init__(self, labels: Tensor, classes: int, alpha: float = 0.8, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        labels: Tensor,
+        classes: int,
+        alpha: float = 0.8,
+        dtype: torch.dtype = torch.float32,
+        *,
+        top_k: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         if not 0 <= alpha <= 1:
             raise SparseEngineError(f"alpha is {alpha}; it has to lie in 0..1")
+        if top_k is not None and (top_k not in TOP_K or top_k >= classes):
+            raise SparseEngineError(f"top_k is {top_k}; one of {TOP_K}, below the {classes} classes, expected")
         self.alpha = alpha
         self.current = alpha
-        self.table = torch.nn.functional.one_hot(labels.cpu().long(), classes).to(dtype)
-        self.seen = torch.zeros(len(labels), dtype=torch.bool)
+        self.classes = classes
+        labels = labels.to(device).long()
+        if top_k is None:
+            self.table = torch.nn.functional.one_hot(labels, classes).to(dtype)
+            self.index: Tensor | None = None
+        else:
+            self.table = torch.zeros(len(labels), top_k, dtype=dtype, device=labels.device)
+            self.index = torch.full((len(labels), top_k), -1, dtype=torch.int32, device=labels.device)
+            self.table[:, 0], self.index[:, 0] = 1, labels.int()
+        self.seen = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
         self.differentiable_again = False
 
     def __call__(self, forward: Forward, batch: Batch) -> Tensor:
@@ -229,10 +252,16 @@ class ProgressiveSelfDistillation(Objective):
         self.seen[where] = True
         if outputs.device == self.table.device and not self.differentiable_again:
             return kd_loss_into_table(
-                outputs, batch.targets, self.table, where, alpha=self.current, sample_weights=batch.weights
+                outputs,
+                batch.targets,
+                self.table,
+                where,
+                alpha=self.current,
+                index=self.index,
+                sample_weights=batch.weights,
             )
-        previous = self.table[where].to(outputs.device, torch.float32)
-        self.table[where] = outputs.detach().float().softmax(-1).to(self.table)
+        previous = past_predictions(self.table, self.index, where, self.classes).to(outputs.device, torch.float32)
+        store_predictions(self.table, self.index, where, outputs.detach().float().softmax(-1).to(self.table.device))
         return kd_loss(
             outputs,
             batch.targets,
@@ -252,6 +281,10 @@ class ProgressiveSelfDistillation(Objective):
 
     def end_epoch(self) -> None:
         if _distributed():
+            if self.index is not None:
+                self._gather_top_k(self.index)
+                self.seen.zero_()
+                return
             mine = self.table.float() * self.seen[:, None]
             count = self.seen.float()
             torch.distributed.all_reduce(mine)
@@ -263,10 +296,12 @@ class ProgressiveSelfDistillation(Objective):
     @torch.no_grad()
     def warm(self, forward: Forward, batches: Iterable[Batch]) -> None:
         for batch in batches:
-            self.table[self._positions(batch)] = forward(batch.inputs).float().softmax(-1).to(self.table)
+            predictions = forward(batch.inputs).float().softmax(-1).to(self.table.device)
+            store_predictions(self.table, self.index, self._positions(batch), predictions)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"table": self.table.clone(), "current": self.current}
+        top_k = {} if self.index is None else {"index": self.index.clone()}
+        return {"table": self.table.clone(), "current": self.current, **top_k}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["table"].shape != self.table.shape:
@@ -274,7 +309,13 @@ class ProgressiveSelfDistillation(Objective):
                 f"the saved prediction table is {tuple(state['table'].shape)}, this data set asks for "
                 f"{tuple(self.table.shape)}"
             )
+        if (self.index is None) != ("index" not in state):
+            raise SparseEngineError(
+                "one of the saved prediction table and this one is a top-k table, the other a full one"
+            )
         self.table = state["table"].to(self.table).clone()
+        if self.index is not None:
+            self.index = state["index"].to(self.index).clone()
         self.current = state["current"]
 
     def _positions(self, batch: Batch) -> Tensor:
@@ -282,7 +323,20 @@ class ProgressiveSelfDistillation(Objective):
             raise SparseEngineError(
                 "progressive self-distillation needs batch.indices: each sample's position in the data set"
             )
-        return batch.indices.cpu()
+        return batch.indices.to(self.table.device, torch.int64)
+
+    def _gather_top_k(self, index: Tensor) -> None:
+        """Gives every process the rows of whoever saw them; of several, the one with the highest rank."""
+        me = torch.distributed.get_rank() + 1
+        last = self.seen.int() * me
+        torch.distributed.all_reduce(last, op=torch.distributed.ReduceOp.MAX)
+        mine = (last == me)[:, None]
+        values, classes = self.table.float() * mine, (index + 1) * mine
+        torch.distributed.all_reduce(values)
+        torch.distributed.all_reduce(classes)
+        known = last > 0
+        self.table[known] = values[known].to(self.table)
+        index[known] = classes[known] - 1
 
 
 class LastBatchSelfDistillation(Objective):

@@ -227,8 +227,6 @@ def _why_not_triton_rows(
     reasons += [f"{name} is {t.dtype}" for name, t in tensors.items() if t is not None and t.dtype == torch.float64]
     if class_weights is not None and hard and targets is not None:
         reasons.append("class weights")
-    if not kl and teacher is not None:
-        reasons.append("the soft part without the teacher's entropy")
     if label_smoothing == 1:
         reasons.append("label smoothing of 1")
     if not 1 <= logits.shape[1] <= 262144:
@@ -256,6 +254,7 @@ def _triton_rows(
         (ones if soft_scale is None else soft_scale) if teacher is not None else None,
         temperature=temperature,
         soft_targets=soft_targets,
+        kl=kl,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
         gradient=gradient,

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sparse_engine import kernels
 from sparse_engine.errors import ShapeError
 from sparse_engine.ops import native, registry
 
-__all__ = ["KDRows", "explain_kd_rows", "fused_kd_loss", "kd_rows"]
+__all__ = ["KDRows", "explain_kd_rows", "fused_kd_loss", "kd_rows", "scale_gradient", "scales_in_place"]
 
 _library = torch.library.Library("sparse_engine", "FRAGMENT")
 
@@ -367,6 +368,34 @@ def fused_kd_loss(
         *map(_pointer, losses), result.data_ptr() if gradient else 0, classes,
     )  # fmt: skip
     return (*losses, result) if done else None
+
+
+def scales_in_place(tensor: torch.Tensor) -> bool:
+    """Say whether `scale_gradient` multiplies such a gradient where it lies: on a GPU, and nothing traces or transforms
+    the call."""
+    wanted = "cpu" if registry.forced("kd_rows") == "triton" and not torch.cuda.is_available() else "cuda"
+    return (
+        type(tensor) is torch.Tensor
+        and tensor.device.type == wanted
+        and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and native.is_untraced()
+        and not kernels.why_not()
+    )
+
+
+def scale_gradient(gradient: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
+    """gradient · upstream, for the last step of a loss's backward pass.
+
+    On a GPU the gradient is overwritten, or left alone without being read where upstream is 1, as it nearly always is:
+    the largest tensor of the step is then not moved once more.
+
+    Args:
+        gradient: [..., C], not used by anyone else. upstream: one number, or [..., 1].
+    """
+    if not (scales_in_place(gradient) and scales_in_place(upstream.float()) and gradient.is_contiguous()):
+        return (upstream * gradient).to(gradient.dtype)
+    kernels.scale_rows_(gradient.view(-1, gradient.shape[-1]), upstream.float().reshape(-1))
+    return gradient
 
 
 def _adjacent(rows: torch.Tensor) -> torch.Tensor:

@@ -169,6 +169,17 @@ def is_plain_input(x: torch.Tensor) -> bool:
     )
 
 
+def is_untraced() -> bool:
+    """Say whether no transform, mode or tracer needs to see what is done to tensors now."""
+    return (
+        _dispatch_modes() == 0
+        and _function_modes() == 0
+        and _transforms() is None
+        and _tracing() is None
+        and forward_ad._current_level < 0
+    )
+
+
 def wants_gradient(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Say whether autograd has to record this call."""
     return is_grad_enabled() and (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad))

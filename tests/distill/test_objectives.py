@@ -104,6 +104,38 @@ def test_progressive_state_round_trip_and_warm_table():
         ProgressiveSelfDistillation(torch.zeros(4, dtype=torch.long), 3).load_state_dict(objective.state_dict())
 
 
+def test_progressive_with_a_top_k_table():
+    model, b = net(), batch()
+    objective = ProgressiveSelfDistillation(b.targets, 3, alpha=0.8, top_k=2)
+    objective.start_epoch(0, 1)
+    torch.testing.assert_close(objective(model, b), F.cross_entropy(model(b.inputs), b.targets))
+    before = model(b.inputs).detach().softmax(1)
+    values, index = before.topk(2)
+    torch.testing.assert_close(objective.table, values)
+    assert torch.equal(objective.index.long(), index)
+    past = (1 - values.sum(1, keepdim=True)).repeat(1, 3).scatter(1, index, values)
+    with torch.no_grad():
+        model[0].weight.mul_(1.5)
+    mixture = 0.2 * F.one_hot(b.targets, 3) + 0.8 * past
+    want = -(mixture * F.log_softmax(model(b.inputs), 1)).sum(1).mean()
+    other = ProgressiveSelfDistillation(b.targets, 3, alpha=0.8, top_k=2)
+    other.load_state_dict(objective.state_dict())
+    for each in (objective, other):
+        loss = each(model, b)
+        torch.testing.assert_close(loss, want)
+        for mine, theirs in zip(
+            torch.autograd.grad(loss, model.parameters()),
+            torch.autograd.grad(want, model.parameters(), retain_graph=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, theirs)
+    objective.warm(net(), [b])
+    with pytest.raises(SparseEngineError, match="the other a full one"):
+        objective.load_state_dict({"table": objective.table, "current": 0.8})
+    with pytest.raises(SparseEngineError, match="top_k is 3"):
+        ProgressiveSelfDistillation(b.targets, 9, top_k=3)
+
+
 def test_last_batch_repeats_the_last_batch_in_its_second_view():
     model, first, second = net(), batch(), batch(4, start=6)
     objective = LastBatchSelfDistillation(weight=0.5, temperature=3.0)

@@ -66,6 +66,38 @@ def test_loss_and_gradient(classes, temperature, soft_targets, device):
     assert parts.gradient[1].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("soft_targets", [False, True])
+@pytest.mark.parametrize("classes", [30, 9000])
+def test_without_the_teachers_entropy(classes, soft_targets, device):
+    z, t = torch.randn(3, classes) * 4, torch.randn(3, classes) * 4
+    t = F.softmax(t, 1) if soft_targets else t
+    one = torch.ones(3, device=device)
+    settings = {"soft_scale": one, "temperature": 3.0, "soft_targets": soft_targets}
+    parts = kernels.distill_rows(z.to(device), t.to(device), kl=False, **settings)
+    p = t.double() if soft_targets else F.softmax(t.double() / 3, 1)
+    assert_same(parts.soft, -9 * (p * F.log_softmax(z.double() / 3, 1)).sum(1))
+    with_entropy = kernels.distill_rows(z.to(device), t.to(device), **settings)
+    assert torch.equal(parts.gradient, with_entropy.gradient)
+
+
+@pytest.mark.parametrize("kind", ["logits", "labels only", "probabilities"])
+def test_as_many_classes_as_there_may_be(kind, device):
+    """262,144 classes: 32 tiles; the label, and the largest logit, in the last one."""
+    classes = 262144
+    z, t, y = torch.randn(1, classes), torch.randn(1, classes), torch.tensor([classes - 1])
+    z[0, -1] = t[0, -1] = 12.0
+    t = F.softmax(t, 1) if kind == "probabilities" else t
+    teacher = None if kind == "labels only" else t
+    alpha = 0.0 if teacher is None else 0.5
+    loss, parts = kernels.kd_loss(
+        z.to(device), None if teacher is None else teacher.to(device), y.to(device), temperature=2.0, alpha=alpha,
+        soft_targets=kind == "probabilities", label_smoothing=0.1,
+    )  # fmt: skip
+    expected, gradient = reference(z, teacher, y, 2.0, alpha, 0.1, soft_targets=kind == "probabilities")
+    assert_same(loss, expected)
+    assert_same(parts.gradient, gradient)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_low_precision_logits_are_computed_in_fp32(dtype, device):
     z, t = (torch.randn(5, 9000) * 4).to(dtype), (torch.randn(5, 9000) * 4).to(dtype)

@@ -8,10 +8,12 @@ import torch
 from sparse_engine import PackedWeight, distill
 from sparse_engine.errors import BackendError
 from sparse_engine.ops import Pattern, kd_rows, registry, sparse_conv2d, sparse_linear
+from sparse_engine.ops.kd_table import kd_table_rows
 from sparse_engine.ops.masked_linear import masked_linear
 from sparse_engine.ops.sparse_linear import explain_linear
 from sparse_engine.structure import Block, Channel, Unstructured
 from tests.helpers import assert_close_to_fp64
+from tests.kd_cases import TABLE_CASES, table_case
 
 
 def make(device, structure):
@@ -146,3 +148,110 @@ def test_conv_of_scattered_weights_is_refused(device, monkeypatch):
         sparse_conv2d(
             torch.randn(1, 4, 5, 5, device=device), packed.values.to(device), Pattern.from_packed(packed).to(device)
         )
+
+
+@pytest.mark.parametrize("case", TABLE_CASES, ids=str)
+def test_table_of_past_predictions(case, device, monkeypatch):
+    monkeypatch.setenv("SPARSE_ENGINE_IMPL", "kd_table_rows:triton")
+    data = table_case(*case)
+    z, y, table, samples, scale = data.call(device)
+    index = None if data.index is None else data.index.to(device)
+    rows = kd_table_rows(z, y, table, samples, scale, index=index, alpha=data.alpha, gradient=True)
+    data.check(rows, table, index)
+
+
+def test_a_sample_that_the_table_does_not_have_is_visible(device, monkeypatch):
+    monkeypatch.setenv("SPARSE_ENGINE_IMPL", "kd_table_rows:triton")
+    z, y, table, samples, scale = table_case(4, 20, None, 0.5).call(device)
+    samples[1] = len(table)
+    before = table.clone()
+    rows = kd_table_rows(z, y, table, samples, scale, alpha=0.5, gradient=True)
+    assert rows.soft.isnan().tolist() == [False, True, False, False]
+    assert rows.gradient[1].isnan().all()
+    assert int((table != before).any(1).sum()) == 3
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_progressive_self_distillation_of_the_package(top_k, device, monkeypatch):
+    """The objective with its table beside the model runs on the kernel, and does what it does on the CPU."""
+    model = torch.nn.Linear(8, 12)
+    batch = distill.Batch(torch.randn(5, 8), torch.randint(0, 12, (5,)), indices=torch.tensor([4, 0, 6, 2, 5]))
+    there = distill.Batch(batch.inputs.to(device), batch.targets.to(device), indices=batch.indices.to(device))
+    labels = torch.randint(0, 12, (7,))
+    labels[batch.indices] = batch.targets
+    plain = distill.ProgressiveSelfDistillation(labels, 12, alpha=0.6, top_k=top_k)
+    fused = distill.ProgressiveSelfDistillation(
+        labels, 12, alpha=0.6, top_k=top_k, dtype=torch.float16, device=torch.device(device)
+    )
+    for step in range(3):
+        model.zero_grad()
+        model.to("cpu")
+        expected = plain(model, batch)
+        expected.backward()
+        gradient = model.weight.grad.clone()
+        model.zero_grad()
+        model.to(device)
+        with monkeypatch.context() as patch:
+            patch.setenv("SPARSE_ENGINE_IMPL", "kd_table_rows:triton,kd_rows:triton")
+            loss = fused(model, there)
+            loss.backward()
+        torch.testing.assert_close(loss.cpu(), expected, rtol=2e-3, atol=1e-5)  # fp16 predictions
+        torch.testing.assert_close(model.weight.grad.cpu(), gradient, rtol=5e-3, atol=5e-4)
+        torch.testing.assert_close(fused.table.cpu().float(), plain.table, rtol=1e-3, atol=1e-6)
+        with torch.no_grad():
+            model.weight.mul_(1.1 + step / 10)
+    if top_k is not None:
+        assert torch.equal(fused.index.cpu(), plain.index)
+
+
+@pytest.mark.parametrize("form", ["kl", "ce"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_upstream_gradient_is_applied_in_place_and_again(reduction, form, device, monkeypatch):
+    """The saved gradient is given away by the first backward pass; a second one computes it anew."""
+    z, t, y = torch.randn(5, 20), torch.randn(5, 20), torch.randint(0, 20, (5,))
+    y[1] = -100
+    weights = torch.rand(5)
+    upstream = torch.rand(5) if reduction == "none" else torch.tensor(0.7)
+    settings = {"temperature": 3.0, "alpha": 0.7, "soft_form": form, "reduction": reduction, "label_smoothing": 0.1}
+    reference = z.double().requires_grad_()
+    expected = distill.kd_loss(reference, y, teacher_logits=t.double(), sample_weights=weights.double(), **settings)
+    expected.backward(upstream.double())
+    monkeypatch.setenv("SPARSE_ENGINE_IMPL", "kd_rows:triton")
+    logits = z.to(device).requires_grad_()
+    loss = distill.kd_loss(
+        logits, y.to(device), teacher_logits=t.to(device), sample_weights=weights.to(device), **settings
+    )
+    first = torch.autograd.grad(loss, logits, upstream.to(device), retain_graph=True)[0].clone()
+    again = torch.autograd.grad(loss, logits, upstream.to(device), retain_graph=True)[0]
+    assert_close_to_fp64(loss, expected.detach())
+    assert_close_to_fp64(first, reference.grad)
+    assert torch.equal(first, again)
+    one = torch.autograd.grad(loss.sum(), logits, create_graph=True)[0]
+    assert one.requires_grad
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_last_layer_and_loss_in_chunks(dtype, chunk, device, monkeypatch):
+    h, w, b = torch.randn(9, 16), torch.randn(30, 16), torch.randn(30)
+    th, tw, y = torch.randn(9, 24), torch.randn(30, 24), torch.randint(0, 30, (9,))
+    y[4] = -100
+    weights = torch.rand(9)
+    low = [tensor.to(dtype) for tensor in (h, w, b, th, tw)]
+    wide = [tensor.double().requires_grad_() for tensor in low]
+    settings = {"temperature": 2.0, "alpha": 0.6, "label_smoothing": 0.1}
+    expected = distill.linear_kd_loss(
+        wide[0], wide[1], wide[3], wide[4], y, bias=wide[2], sample_weights=weights.double(), **settings
+    )
+    expected.backward()
+    monkeypatch.setenv("SPARSE_ENGINE_IMPL", "linear_kd:triton")
+    h, w, b, th, tw = (tensor.to(device).requires_grad_() for tensor in low)
+    loss = distill.linear_kd_loss(
+        h, w, th, tw, y.to(device), bias=b, sample_weights=weights.to(device), chunk=chunk, **settings
+    )
+    loss.backward()
+    bound = 1e-5 if dtype == torch.float32 else 3e-2
+    assert_close_to_fp64(loss, expected.detach(), bound)
+    for tensor, reference in zip((h, w, b), wide[:3], strict=True):
+        assert_close_to_fp64(tensor.grad, reference.grad, bound)
+    assert th.grad is None

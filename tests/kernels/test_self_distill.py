@@ -94,11 +94,19 @@ def test_top_k_refusals(device):
     labels = torch.zeros(2, dtype=torch.long, device=device)
     with pytest.raises(ShapeError, match="top_k must be"):
         kernels.PredictionTable.one_hot(labels, 50, top_k=3)
-    table = kernels.PredictionTable.one_hot(labels, 20000, top_k=4)
-    with pytest.raises(ShapeError, match="20000"):
-        kernels.ps_kd_loss(
-            torch.randn(2, 20000, device=device), labels, torch.arange(2, device=device), table, alpha=0.5
-        )
+    table = kernels.PredictionTable(torch.rand(4, 2, device=device).half().T, None, 4)
+    with pytest.raises(ShapeError, match="contiguous"):
+        kernels.ps_kd_loss(torch.randn(2, 4, device=device), labels, torch.arange(2, device=device), table, alpha=0.5)
+
+
+@pytest.mark.parametrize("classes", [50, 20000])
+def test_equal_predictions_keep_the_lowest_classes(classes, device):
+    labels = torch.zeros(2, dtype=torch.long, device=device)
+    table = kernels.PredictionTable.one_hot(labels, classes, top_k=4)
+    z = torch.zeros(2, classes)
+    z[1, [7, classes - 1, 3, 30]] = 1.0
+    kernels.ps_kd_loss(z.to(device), labels, torch.arange(2, device=device), table, alpha=0.5)
+    assert table.index.cpu().tolist() == [[0, 1, 2, 3], [3, 7, 30, classes - 1]]
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 4, 100])
