@@ -21,6 +21,7 @@ there are few blocks.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -469,12 +470,12 @@ def _pointers(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def aot_cases(arch: str) -> list:
     """Every configuration that `block_sparse_linear` and its gradients can launch on one architecture, for the
     ahead-of-time table."""
-    from .aot import MATRIX, AotCase, tensor_core
+    from .aot import KINDS, AotCase, expected_instruction, tensor_core
 
     found = []
     common = {"x_stride": "i32", "out_stride": "i32", "tokens": "i32", "n_out": "i32", "n_in": "i32", "slope": "fp32"}
     index = dict.fromkeys(("ptr_ptr", "index_ptr", "order_ptr", "out_order_ptr"), "*i32")
-    shapes = [(side, side) for side in BLOCK_SIZES] + [(16, 128), (128, 16), (32, 64), (64, 32)]
+    shapes = list(itertools.product(BLOCK_SIZES, BLOCK_SIZES))
     for activation in ("relu", "leaky_relu", "silu", "sigmoid", "gelu_tanh", "tanh", "hardswish"):
         config = dsd_config(arch, 64, 64, torch.bfloat16, 4096)
         found.append(
@@ -493,14 +494,16 @@ def aot_cases(arch: str) -> list:
             )
         )
     for out_block, in_block in shapes:
-        for kind, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
-            if kind != "bf16" and (out_block, in_block) not in ((64, 64), (128, 128)):
+        square = out_block == in_block
+        for kind, (pointer, name, multiply) in KINDS.items():
+            if kind != "bf16" and (not square or (out_block < 64 and kind != "fp32")):
                 continue
+            dtype = getattr(torch, name)
             for transposed in (False, True):
-                for tokens in (4096, 16) if out_block == in_block == 64 and kind == "bf16" else (4096,):
+                for tokens in (4096, 16) if square and kind == "bf16" else (4096,):
                     config = dsd_config(arch, out_block, in_block, dtype, tokens)
                     wide = config["BLOCK_T"] >= 64
-                    floats = dict.fromkeys(("x_ptr", "values_ptr", "bias_ptr", "residual_ptr", "out_ptr"), f"*{kind}")
+                    floats = dict.fromkeys(("x_ptr", "values_ptr", "bias_ptr", "residual_ptr", "out_ptr"), pointer)
                     found.append(
                         AotCase(
                             name=f"{kind} {out_block}×{in_block}{' transposed' if transposed else ''}, {tokens} tokens",
@@ -509,16 +512,14 @@ def aot_cases(arch: str) -> list:
                             constants={
                                 "OUT_BLOCK": out_block, "IN_BLOCK": in_block, "TRANSPOSED": transposed,
                                 "HAS_BIAS": not transposed, "HAS_RESIDUAL": False,
-                                "EVEN_IN": True, "ACTIVATION": "none" if transposed else "gelu", "PRECISION": "tf32",
+                                "EVEN_IN": True, "ACTIVATION": "none" if transposed else "gelu", "PRECISION": multiply,
                                 "BLOCK_T": config["BLOCK_T"], "BLOCK_K": config["BLOCK_K"],
                             },
                             options={"num_warps": config["num_warps"], "num_stages": config["num_stages"]},
-                            expects=tensor_core(arch, wide and config["num_warps"] % 4 == 0)
-                            if not (kind == "fp32" and transposed)
-                            else MATRIX,
-                            quick=kind == "bf16"
-                            and out_block == in_block
-                            and out_block in (32, 64, 128)
+                            expects=expected_instruction(kind, arch, wide and config["num_warps"] % 4 == 0),
+                            quick=kind in ("bf16", "fp32")
+                            and square
+                            and out_block in ((32, 64, 128) if kind == "bf16" else (64,))
                             and tokens == 4096
                             and not transposed,
                         )
@@ -528,25 +529,18 @@ def aot_cases(arch: str) -> list:
                 AotCase(
                     name=f"{kind} {out_block}×{in_block}",
                     kernel=sdd_kernel,
-                    signature={
-                        "dy_ptr": f"*{kind}",
-                        "x_ptr": f"*{kind}",
-                        "rows_ptr": "*i32",
-                        "cols_ptr": "*i32",
-                        "out_ptr": f"*{kind}",
-                    }
+                    signature={"rows_ptr": "*i32", "cols_ptr": "*i32"}
+                    | dict.fromkeys(("dy_ptr", "x_ptr", "out_ptr"), pointer)
                     | dict.fromkeys(("tokens", "m", "k", "dy_stride", "x_stride", "blocks"), "i32"),
                     constants={
                         "R": out_block,
                         "C": in_block,
                         "EVEN": True,
-                        "PRECISION": "tf32",
+                        "PRECISION": multiply,
                         "BLOCK_T": config["BLOCK_T"],
                     },
                     options={"num_warps": config["num_warps"], "num_stages": config["num_stages"]},
-                    expects=tensor_core(arch, out_block >= 64 and config["num_warps"] % 4 == 0)
-                    if kind != "fp32"
-                    else MATRIX,
+                    expects=expected_instruction(kind, arch, out_block >= 64 and config["num_warps"] % 4 == 0),
                     quick=kind == "bf16" and out_block == in_block == 64,
                 )
             )

@@ -365,9 +365,7 @@ def channel_conv_weight_gradient(
     pixels = batch * out_height * out_width
     if not pixels or not inputs.kept or not outputs.kept:
         return full
-    config = dict(GRADIENT_CONFIGS[generation(device)])
-    if dtype == torch.float32:
-        config["BLOCK_P"] //= 2
+    config = gradient_config(generation(device), dtype == torch.float32)
     tiles = triton.cdiv(outputs.kept, config["BLOCK_M"]) * triton.cdiv(inputs.kept, config["BLOCK_K"])
     splits = max(1, min(528 // (tiles * taps), -(-pixels // (8 * config["BLOCK_P"]))))
     part = x.new_empty(splits, outputs.kept, taps, inputs.kept, dtype=dtype if splits == 1 else torch.float32)
@@ -384,6 +382,14 @@ def channel_conv_weight_gradient(
     return full
 
 
+def gradient_config(arch: str, fp32: bool) -> dict[str, int]:
+    """The configuration of one launch of the weight gradient."""
+    config = dict(GRADIENT_CONFIGS[arch])
+    if fp32:
+        config["BLOCK_P"] //= 2
+    return config
+
+
 def conv_config(arch: str, kept_in: int, kept_out: int, pixels: int, run: int, fp32: bool) -> dict[str, int]:
     """The configuration of one launch: the table's row, narrowed to what there is to do."""
     config = dict(CONFIGS[arch])
@@ -393,7 +399,7 @@ def conv_config(arch: str, kept_in: int, kept_out: int, pixels: int, run: int, f
     if fp32:
         config["BLOCK_K"] = max(16, config["BLOCK_K"] // 2)
         config["num_stages"] = 3
-    if run * (4 if fp32 else 2) <= 4:  # one address per number or two, held in registers: a smaller tile
+    if run * 2 <= (8 if fp32 else 4):  # one address per number or two, held in registers: a smaller tile
         config["BLOCK_P"] = min(config["BLOCK_P"], 64 if arch == "sm_80" else 128)
         config["BLOCK_M"] = min(config["BLOCK_M"], 64)
         config["BLOCK_K"] = min(config["BLOCK_K"], 32)
@@ -461,56 +467,57 @@ def _new_nhwc(like: torch.Tensor, shape: tuple[int, int, int, int], zero: bool) 
 
 
 def aot_cases(arch: str) -> list:
-    """3×3 and 1×1, runs of 1 and 8, forward and gradients."""
-    from .aot import MATRIX, AotCase, tensor_core
+    """3×3 and 1×1, strided and dilated, every run, few channels and many, forward and gradients, in every type."""
+    from .aot import KINDS, AotCase, expected_instruction
 
     found = []
     sizes = ("pixels", "height", "width", "out_height", "out_width", "x_channels", "y_channels", "kept_in", "kept_out")
-    geometry = {"SH": 1, "SW": 1, "DH": 1, "DW": 1}
-    for kind in ("bf16", "fp32"):
-        for side, run, gradient in (
-            (3, 8, False),
-            (3, 2, False),
-            (3, 1, False),
-            (1, 8, False),
-            (3, 8, True),
-            (3, 1, True),
-        ):
-            config = conv_config(arch, 128, 128, 1 << 20, run, kind == "fp32")
+    # side, run, channels kept, gradient, stride and dilation
+    every = [(3, 8, 128, False, 1), (3, 2, 128, False, 1), (3, 1, 128, False, 1), (1, 8, 128, False, 1)]
+    every += [(3, 8, 128, True, 1), (3, 1, 128, True, 1)]
+    more = [(3, 4, 128, False, 1), (3, 8, 16, False, 1), (3, 8, 64, False, 1), (3, 8, 128, False, 2)]
+    more += [(3, 2, 128, True, 1), (3, 8, 16, True, 1), (1, 8, 128, True, 1), (3, 8, 128, True, 2)]
+    for kind, (pointer, name, multiply) in KINDS.items():
+        wide = name == "float32"
+        for side, run, kept, gradient, step in every + (more if kind == "bf16" else []):
+            config = conv_config(arch, kept, kept, 1 << 20, run, wide)
             found.append(
                 AotCase(
-                    name=f"{kind} {side}×{side} runs of {run}{' gradient' if gradient else ''}",
+                    name=f"{kind} {side}×{side}, {kept} channels in runs of {run}"
+                    + (f", stride and dilation {step}" if step > 1 else "")
+                    + (" gradient" if gradient else ""),
                     kernel=channel_conv_kernel,
-                    signature=dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "y_ptr"), f"*{kind}")
+                    signature=dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "y_ptr"), pointer)
                     | {"in_ptr": "*i32", "out_index_ptr": "*i32", "w_channels": "i32", "slope": "fp32"}
                     | dict.fromkeys(sizes, "i32"),
                     constants={"R": side, "S": side, "PH": side // 2, "PW": side // 2, "GRADIENT": gradient}
+                    | dict.fromkeys(("SH", "SW", "DH", "DW"), step)
                     | {"X_INDEXED": True, "Y_INDEXED": True, "RUN_IN": run, "RUN_OUT": run, "HAS_BIAS": not gradient}
-                    | {"ACTIVATION": "none" if gradient else "relu", "PRECISION": "tf32"}
-                    | {name: config[name] for name in ("BLOCK_P", "BLOCK_M", "BLOCK_K")}
-                    | geometry,
+                    | {"ACTIVATION": "none" if gradient else "relu", "PRECISION": multiply}
+                    | {name: config[name] for name in ("BLOCK_P", "BLOCK_M", "BLOCK_K")},
                     options={"num_warps": config["num_warps"], "num_stages": config["num_stages"]},
-                    expects=MATRIX if kind == "fp32" else tensor_core(arch, True),
-                    quick=kind == "bf16" and side == 3 and run == 8,
+                    expects=expected_instruction(kind, arch, config["num_warps"] % 4 == 0),
+                    quick=kind in ("bf16", "fp32") and side == 3 and run == 8 and kept == 128 and step == 1,
                     divisible=("x_channels", "y_channels", "w_channels", "kept_in", "kept_out"),
                 )
             )
-        config = dict(GRADIENT_CONFIGS[arch])
-        found.append(
+        config = gradient_config(arch, wide)
+        found += [
             AotCase(
-                name=f"{kind} 3×3 runs of 8",
+                name=f"{kind} 3×3, runs of {run}",
                 kernel=channel_conv_weight_kernel,
-                signature=dict.fromkeys(("dy_ptr", "x_ptr", "dw_ptr"), f"*{kind}")
+                signature=dict.fromkeys(("dy_ptr", "x_ptr", "dw_ptr"), pointer)
                 | {"in_ptr": "*i32", "out_index_ptr": "*i32"}
                 | dict.fromkeys(sizes, "i32"),
-                constants={"S": 3, "TAPS": 9, "PH": 1, "PW": 1, "X_INDEXED": True, "Y_INDEXED": True, "RUN_IN": 8}
-                | {"RUN_OUT": 8, "PRECISION": "tf32", "BLOCK_P": config["BLOCK_P"] // (2 if kind == "fp32" else 1)}
-                | {"BLOCK_M": config["BLOCK_M"], "BLOCK_K": config["BLOCK_K"]}
-                | geometry,
+                constants={"S": 3, "TAPS": 9, "PH": 1, "PW": 1, "X_INDEXED": True, "Y_INDEXED": True}
+                | {"RUN_IN": run, "RUN_OUT": run, "PRECISION": multiply}
+                | dict.fromkeys(("SH", "SW", "DH", "DW"), 1)
+                | {name: config[name] for name in ("BLOCK_P", "BLOCK_M", "BLOCK_K")},
                 options={"num_warps": config["num_warps"], "num_stages": config["num_stages"]},
-                expects=MATRIX if kind == "fp32" else tensor_core(arch, True),
-                quick=kind == "bf16",
+                expects=expected_instruction(kind, arch, True),
+                quick=kind == "bf16" and run == 8,
                 divisible=("x_channels", "y_channels", "kept_in", "kept_out"),
             )
-        )
+            for run in (8, 1)
+        ]
     return found

@@ -308,14 +308,24 @@ def masked_weight_gradient(
         return out
     masked = mask is not None and not everywhere
     mask_bytes = _mask_bytes(mask, lists.shape, name) if masked else lists.flags
-    config = dict(GRADIENT_CONFIGS[generation(device)])
-    if dtype == torch.float32:
-        config["BLOCK_T"] //= 2
+    config = gradient_config(generation(device), lists.tile, dtype)
     masked_weight_gradient_kernel[(grid_size(*lists.flags.shape),)](
         dy, x, mask_bytes, lists.flags, out, x.shape[0], m, k, dy.stride(0), x.stride(0), mask_bytes.stride(0),
         MASKED=masked, EVERYWHERE=everywhere, PRECISION=precision(dtype), BM=lists.tile[0], BK=lists.tile[1], **config,
     )  # fmt: skip
     return out
+
+
+def gradient_config(arch: str, tile: tuple[int, int], dtype: torch.dtype) -> dict[str, int]:
+    """The configuration of one launch of the weight gradient."""
+    config = dict(GRADIENT_CONFIGS[arch])
+    if dtype == torch.float32:
+        config["BLOCK_T"] //= 2
+    if dtype == torch.float32 or tile[0] * tile[1] > 128 * 64:
+        config["num_warps"] = 8  # as few sums per thread as registers allow
+    if tile[0] * tile[1] <= 32 * 32:
+        config["num_warps"] = 2
+    return config
 
 
 def product_config(arch: str, inputs_per_tile: int, dtype: torch.dtype, tokens: int) -> dict[str, int]:
@@ -377,71 +387,80 @@ def _mask_bytes(mask: torch.Tensor, shape: tuple[int, int], name: str) -> torch.
 
 
 def aot_cases(arch: str) -> list:
-    """Products and gradient in the default tile, in bf16 and fp32, and the list kernels."""
-    from .aot import MATRIX, AotCase, tensor_core
+    """Products and gradient in the default tile in every type, in other tiles in bf16, and the list kernels."""
+    from .aot import KINDS, AotCase, expected_instruction
 
     found = []
     sizes = ("tokens", "n_out", "n_in", "x_stride", "out_stride")
-    for kind, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+    tiles = [(kind, TILE, 4096) for kind in KINDS] + [("bf16", TILE, 16)]
+    tiles += [("bf16", tile, 4096) for tile in ((64, 64), (128, 128), (16, 16), (16, 128))]
+    for kind, tile, tokens in tiles:
+        pointer, name, multiply = KINDS[kind]
+        dtype = getattr(torch, name)
+        shown = f"{kind} {tile[0]}×{tile[1]}, {tokens} tokens"
         for transposed in (False, True):
-            for masked in (True, False):
-                tile_out, tile_in = TILE[::-1] if transposed else TILE
-                config = product_config(arch, tile_in, dtype, 4096)
-                pointers = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "out_ptr"), f"*{kind}")
+            for masked in (True, False) if tile == TILE and tokens == 4096 else (True,):
+                tile_out, tile_in = tile[::-1] if transposed else tile
+                config = product_config(arch, tile_in, dtype, tokens)
+                pointers = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "out_ptr"), pointer)
                 strides = {"w_in": "i32", "mask_in": "i32"} if transposed else {"w_out": "i32", "mask_out": "i32"}
                 unit = {"w_out": 1, "mask_out": 1} if transposed else {"w_in": 1, "mask_in": 1}
                 found.append(
                     AotCase(
-                        name=f"{kind} {'transposed ' if transposed else ''}{'masked' if masked else 'zeros in place'}",
+                        name=f"{shown}{' transposed' if transposed else ''}{'' if masked else ', zeros in place'}",
                         kernel=masked_product_kernel,
                         signature=pointers
                         | {"mask_ptr": "*u8", "list_ptr": "*i32", "count_ptr": "*i32", "slope": "fp32"}
                         | dict.fromkeys(sizes, "i32")
                         | strides,
                         constants={"MASKED": masked, "HAS_BIAS": not transposed, "TRANSPOSED": transposed}
-                        | {"ACTIVATION": "none", "PRECISION": "tf32", "BO": tile_out, "BI": tile_in}
+                        | {"ACTIVATION": "none", "PRECISION": multiply, "BO": tile_out, "BI": tile_in}
                         | {"STEP": config["STEP"], "BLOCK_T": config["BLOCK_T"]}
                         | unit,
                         options={"num_warps": config["num_warps"], "num_stages": config["num_stages"]},
-                        expects=MATRIX if kind == "fp32" else tensor_core(arch, tile_out >= 64),
-                        quick=kind == "bf16" and masked,
+                        expects=expected_instruction(kind, arch, tile_out >= 64),
+                        quick=kind == "bf16" and masked and tile == TILE and tokens == 4096,
                         divisible=("n_out", "n_in", "w_out", "w_in", "mask_out", "mask_in"),
                     )
                 )
-        config = dict(GRADIENT_CONFIGS[arch])
+        if tokens != 4096:
+            continue
+        config = gradient_config(arch, tile, dtype)
         found.append(
             AotCase(
-                name=kind,
+                name=f"{kind} {tile[0]}×{tile[1]}",
                 kernel=masked_weight_gradient_kernel,
-                signature=dict.fromkeys(("dy_ptr", "x_ptr", "out_ptr"), f"*{kind}")
+                signature=dict.fromkeys(("dy_ptr", "x_ptr", "out_ptr"), pointer)
                 | {"mask_ptr": "*u8", "flags_ptr": "*u8"}
                 | dict.fromkeys(("tokens", "m", "k", "dy_stride", "x_stride", "mask_stride"), "i32"),
-                constants={"MASKED": True, "EVERYWHERE": False, "PRECISION": "tf32", "BM": TILE[0], "BK": TILE[1]}
-                | {"BLOCK_T": config["BLOCK_T"] // (2 if kind == "fp32" else 1)},
+                constants={"MASKED": True, "EVERYWHERE": False, "PRECISION": multiply, "BM": tile[0], "BK": tile[1]}
+                | {"BLOCK_T": config["BLOCK_T"]},
                 options={"num_warps": config["num_warps"], "num_stages": config["num_stages"]},
-                expects=MATRIX if kind == "fp32" else tensor_core(arch, True),
-                quick=kind == "bf16",
+                expects=expected_instruction(kind, arch, tile[0] >= 64),
+                quick=kind == "bf16" and tile == TILE,
                 divisible=("m", "k"),
             )
         )
-    found.append(
-        AotCase(
-            name="128×64 of bytes",
-            kernel=tile_flags_kernel,
-            signature={"mask_ptr": "*u8", "flags_ptr": "*u8", "m": "i32", "k": "i32", "stride": "i32"},
-            constants={"BM": TILE[0], "BK": TILE[1]},
-            options={"num_warps": 4, "num_stages": 1},
-            divisible=("k",),
+    for source, pointer in (("bytes", "*u8"), ("bf16", "*bf16"), ("fp32", "*fp32")):
+        found.append(
+            AotCase(
+                name=f"{TILE[0]}×{TILE[1]} of {source}",
+                kernel=tile_flags_kernel,
+                signature={"mask_ptr": pointer, "flags_ptr": "*u8", "m": "i32", "k": "i32", "stride": "i32"},
+                constants={"BM": TILE[0], "BK": TILE[1]},
+                options={"num_warps": 4, "num_stages": 1},
+                divisible=("k",),
+            )
         )
-    )
-    found.append(
+    found += [
         AotCase(
-            name="64 tiles",
+            name=f"{count} tiles",
             kernel=tile_compact_kernel,
             signature={"flags_ptr": "*u8", "list_ptr": "*i32", "count_ptr": "*i32"}
             | dict.fromkeys(("entries", "outer", "inner"), "i32"),
-            constants={"BLOCK": 64},
+            constants={"BLOCK": count},
             options={"num_warps": 4, "num_stages": 1},
         )
-    )
+        for count in (16, 64, 1024)
+    ]
     return found

@@ -148,6 +148,7 @@ def nm_config(arch: str, tokens: int, group: int, fp32: bool) -> dict[str, int]:
     if fp32:
         config["BLOCK_K"] = max(group, config["BLOCK_K"] // 2)
         config["num_stages"] = 3
+        config["num_warps"] = 8
     return config
 
 
@@ -199,24 +200,27 @@ def nm_linear(
 
 
 def aot_cases(arch: str) -> list:
-    """2:4 and 2:16, few and many tokens."""
-    from .aot import MATRIX, AotCase, tensor_core
+    """Every size of group, few and many tokens, in every type."""
+    from .aot import KINDS, AotCase, expected_instruction
 
     found = []
-    for kind, n, m, tokens in (("bf16", 2, 4, 4096), ("bf16", 2, 4, 16), ("bf16", 2, 16, 16), ("fp32", 2, 4, 4096)):
-        config = nm_config(arch, tokens, m, kind == "fp32")
+    cases = [("bf16", n, m, tokens) for n, m in ((1, 2), (2, 4), (1, 4), (4, 8), (2, 16)) for tokens in (4096, 16)]
+    cases += [(kind, 2, 4, tokens) for kind in ("fp16", "tf32", "fp32") for tokens in (4096, 16)]
+    for kind, n, m, tokens in cases:
+        pointer, name, multiply = KINDS[kind]
+        config = nm_config(arch, tokens, m, name == "float32")
         found.append(
             AotCase(
                 name=f"{kind} {n}:{m}, {tokens} tokens",
                 kernel=nm_kernel,
-                signature=dict.fromkeys(("x_ptr", "values_ptr", "bias_ptr", "out_ptr"), f"*{kind}")
+                signature=dict.fromkeys(("x_ptr", "values_ptr", "bias_ptr", "out_ptr"), pointer)
                 | {"bits_ptr": "*u8" if m <= 8 else "*i16", "slope": "fp32"}
                 | dict.fromkeys(("tokens", "m", "k", "x_stride"), "i32"),
-                constants={"KEEP": n, "GROUP": m, "HAS_BIAS": True, "ACTIVATION": "none", "PRECISION": "tf32"}
+                constants={"KEEP": n, "GROUP": m, "HAS_BIAS": True, "ACTIVATION": "none", "PRECISION": multiply}
                 | {name: config[name] for name in ("BLOCK_M", "BLOCK_K", "BLOCK_T")},
                 options={"num_warps": config["num_warps"], "num_stages": config["num_stages"]},
-                expects=MATRIX if kind == "fp32" else tensor_core(arch, True),
-                quick=tokens == 16 and m == 4,
+                expects=expected_instruction(kind, arch, True),
+                quick=kind == "bf16" and tokens == 16 and (n, m) == (2, 4),
                 divisible=("m", "k"),
             )
         )

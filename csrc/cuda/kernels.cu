@@ -75,6 +75,17 @@ SE_EXPORT const char* se_cuda_error(int code) {
 #endif
 }
 
+// Bytes of dynamic shared memory that a launch of a kernel asks for at most, -1 for a name it does not know. `last` is the last template
+// argument where there are two.
+SE_EXPORT int64_t se_cuda_shared_bytes(const char* kernel, int last) {
+    if (!strcmp(kernel, "bitmask_linear")) return static_cast<int64_t>(bitmask_linear_shared(kLargestRecord));
+    if (!strcmp(kernel, "bitmask_decode")) {
+        return static_cast<int64_t>(last == 1 ? bitmask_decode_shared<1>(kLargestRecord) : bitmask_decode_shared<2>(kLargestRecord));
+    }
+    if (!strcmp(kernel, "block_linear") || !strcmp(kernel, "gather_conv")) return static_cast<int64_t>(kTileShared);
+    return -1;
+}
+
 // Packs a dense [outputs, inputs] weight (host memory). start: [tiles + 1]; records: null to ask for the size only, else 16 bytes per unit.
 // Returns the number of 16-byte units.
 SE_EXPORT int64_t se_cuda_bitmask_pack(const uint16_t* weight, int outputs, int inputs, uint32_t* start, uint8_t* records) {

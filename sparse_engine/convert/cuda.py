@@ -42,6 +42,7 @@ Timer = Callable[[Callable[[], Tensor]], float]
 _CACHED_SHAPES = 16
 _BOUNDS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of a candidate against the dense call
 _BLOCK_SIDES = (128, 64, 32, 16)
+_GROUPS = (2, 4, 8, 16)  # of N:M
 _FUSED = ("relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "hardswish")
 
 
@@ -393,6 +394,7 @@ def _add_linear(layer: Layer, weight: Tensor, bias: Tensor | None, device: torch
     else:
         _add_blocks(layer, weight, bias, activation)
         _add_groups(layer, weight, bias, activation)
+    _add_cuda_blocks(layer, weight, bias, activation, device, dtype)
     _add_semi_structured(layer, weight, bias, activation, device, dtype)
     against = _why_not_cuda(device, dtype, weight.shape[1])
     if against:
@@ -408,17 +410,55 @@ def _add_linear(layer: Layer, weight: Tensor, bias: Tensor | None, device: torch
 
 def _add_blocks(layer: Layer, weight: Tensor, bias: Tensor | None, activation: Mapping[str, Any] | None) -> None:
     """Triton's block-sparse kernel in the largest square blocks of which at least 30 % are empty."""
-    for side in _BLOCK_SIDES:
-        padded = functional.pad(weight, (0, -weight.shape[1] % side, 0, -weight.shape[0] % side))
-        tiles = padded.reshape(padded.shape[0] // side, side, padded.shape[1] // side, side)
-        kept = (tiles != 0).any(3).any(1)
-        if float(kept.float().mean()) > 0.7:
-            continue
-        pattern = kernels.block_pattern(kept, (side, side), (weight.shape[0], weight.shape[1]))
-        values = kernels.pack_blocks(weight, pattern)
-        layer.candidates.append(Candidate(f"triton blocks {side}×{side}", _blocks(pattern, values, bias, activation)))
+    side = _largest_blocks(weight, _BLOCK_SIDES)
+    if side is None:
+        layer.refused["triton blocks"] = "fewer than 30 % of its 16×16 blocks are empty"
         return
-    layer.refused["triton blocks"] = "fewer than 30 % of its 16×16 blocks are empty"
+    pattern, values = _packed_blocks(weight, side)
+    layer.candidates.append(Candidate(f"triton blocks {side}×{side}", _blocks(pattern, values, bias, activation)))
+
+
+def _largest_blocks(weight: Tensor, sides: Sequence[int]) -> int | None:
+    """The first of these sides with which at least 30 % of the blocks are empty."""
+    return next((side for side in sides if float(_kept_blocks(weight, side).float().mean()) <= 0.7), None)
+
+
+def _kept_blocks(weight: Tensor, side: int) -> Tensor:
+    padded = functional.pad(weight, (0, -weight.shape[1] % side, 0, -weight.shape[0] % side))
+    tiles = padded.reshape(padded.shape[0] // side, side, padded.shape[1] // side, side)
+    return (tiles != 0).any(3).any(1)
+
+
+def _packed_blocks(weight: Tensor, side: int) -> tuple[kernels.BlockPattern, Tensor]:
+    pattern = kernels.block_pattern(_kept_blocks(weight, side), (side, side), (weight.shape[0], weight.shape[1]))
+    return pattern, kernels.pack_blocks(weight, pattern)
+
+
+def _add_cuda_blocks(
+    layer: Layer,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Mapping[str, Any] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """The block-sparse kernel in CUDA C++, whose blocks have sides of 64 and 128."""
+    against = _why_not_cuda(device, dtype, weight.shape[1])
+    side = None if against else _largest_blocks(weight, (128, 64))
+    if against or side is None:
+        layer.refused["cuda blocks"] = against or "fewer than 30 % of its 64×64 blocks are empty"
+        return
+    pattern, values = _packed_blocks(weight, side)
+    kind = None if activation is None else activation["kind"]
+
+    def call(x: Tensor, residual: Tensor | None) -> Tensor:
+        fused = residual is None and kind in cuda_library.ACTIVATIONS
+        y = cuda_library.library().block_linear(
+            x, values, pattern.row_ptr, pattern.cols, pattern.row_order, pattern.shape, bias, kind if fused else None
+        )
+        return y if fused else _finish(y, residual, activation)
+
+    layer.candidates.append(Candidate(f"cuda blocks {side}×{side}", call))
 
 
 def _blocks(
@@ -435,15 +475,23 @@ def _blocks(
 
 
 def _add_groups(layer: Layer, weight: Tensor, bias: Tensor | None, activation: Mapping[str, Any] | None) -> None:
-    """Triton's N:M kernel, for 2:4 weights."""
-    if not _is_two_of_four(weight):
+    """Triton's N:M kernel, in the groups in which the weight takes the fewest bytes, where that is less than half."""
+    choices = []
+    for m in _GROUPS:
+        if weight.shape[1] % m == 0:
+            n = max(1, int((weight.reshape(weight.shape[0], -1, m) != 0).sum(-1).max()))
+            choices.append(((n * weight.element_size() + (1 if m <= 8 else 2)) / m, n, m))
+    if not choices or min(choices)[0] > 0.65 * weight.element_size():
+        layer.refused["triton n:m"] = "in no groups of 2 to 16 inputs are half of the weights zero everywhere"
         return
-    values, bits = kernels.pack_nm(weight, 2, 4)
+    # of nearly equal ones the smallest groups: the report then names the pattern that the weight was pruned to
+    _, n, m = next(choice for choice in choices if choice[0] <= 1.25 * min(choices)[0])
+    values, bits = kernels.pack_nm(weight, n, m)
 
     def groups(x: Tensor, residual: Tensor | None) -> Tensor:
-        return _finish(kernels.nm_linear(x, values, bits, 2, 4, bias), residual, activation)
+        return _finish(kernels.nm_linear(x, values, bits, n, m, bias), residual, activation)
 
-    layer.candidates.append(Candidate("triton 2:4", groups))
+    layer.candidates.append(Candidate(f"triton {n}:{m}", groups))
 
 
 def _add_semi_structured(
@@ -554,7 +602,8 @@ def _why_not_triton(device: torch.device) -> str:
 
 
 def _why_not_cuda(device: torch.device, dtype: torch.dtype, inputs: int) -> str:
-    reasons = cuda_library.why_not() if device.type == "cuda" else [f"the executable is on {device}"]
+    emulated = device.type == "cpu" and cuda_library.emulated()
+    reasons = cuda_library.why_not() if device.type == "cuda" or emulated else [f"the executable is on {device}"]
     if dtype == torch.float32:
         reasons = [*reasons, "computes in 16-bit types only"]
     if inputs % 8:

@@ -158,7 +158,7 @@ def kd_loss_into_table(
         raise ShapeError(f"index is {index.dtype} {tuple(index.shape)}; int32 [N, k] with k of {TOP_K} expected")
     if samples.shape != targets.shape or samples.dtype != torch.int64:
         raise ShapeError(f"samples are {samples.dtype} {tuple(samples.shape)}; int64 {tuple(targets.shape)} expected")
-    if samples.device.type == "cpu" and samples.numel():
+    if _on_the_host(samples) and samples.numel():
         first, last = int(samples.min()), int(samples.max())
         if first < 0 or last >= len(table):
             raise SparseEngineError(f"samples run from {first} to {last}, but the table has {len(table)} rows")
@@ -270,8 +270,7 @@ def linear_kd_loss(
     if sample_weights is not None:
         scale = scale * sample_weights.detach().reshape(-1)
     if reduction == "mean":
-        count = scale.new_tensor(len(rows)) if labels is None else (labels != ignore_index).sum()
-        scale = scale / count.clamp(min=1)
+        scale = scale / (max(len(rows), 1) if labels is None else (labels != ignore_index).sum().clamp(min=1))
     constants = (
         theirs,
         teacher_weight.detach(),
@@ -446,6 +445,11 @@ class _SoftmaxLoss(torch.autograd.Function):
         return ((upstream * gradient.view(logits.shape)).to(logits.dtype), *none)
 
 
+def _on_the_host(indices: Tensor) -> bool:
+    """Whether looking at the numbers costs nothing."""
+    return indices.device.type == "cpu"
+
+
 def _reduced(
     ctx: Any, hard: Tensor, soft: Tensor, options: _Options, samples: torch.Size
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -554,7 +558,7 @@ def _checked(
         raise ShapeError(f"targets are {targets.dtype}; labels have to be integers (probabilities go to soft_targets)")
     # reading labels costs a synchronisation on a GPU and a graph break under torch.compile; there the gather checks
     # them
-    readable = targets is not None and targets.device.type == "cpu" and not torch.compiler.is_compiling()
+    readable = targets is not None and _on_the_host(targets) and not torch.compiler.is_compiling()
     if targets is not None and readable and targets.numel() and hard_weight:
         first, last = targets.aminmax()
         real = targets if int(first) >= 0 and int(last) < logits.shape[-1] else targets[targets != ignore_index]

@@ -19,7 +19,7 @@ import torch
 
 from sparse_engine.errors import BackendError, ShapeError
 
-__all__ = ["BitmaskWeight", "Library", "gather_weight", "library", "pack_bitmask", "why_not"]
+__all__ = ["BitmaskWeight", "Library", "emulated", "gather_weight", "library", "pack_bitmask", "use", "why_not"]
 
 _VERSION = 1
 _FILE = Path(__file__).parents[1] / "_cuda_kernels.so"
@@ -276,6 +276,8 @@ class Library:
 
 def why_not() -> list[str]:
     """Reasons why the CUDA kernels cannot run in this process; empty where they can. Opens nothing."""
+    if emulated():
+        return []
     if not _FILE.exists():
         return ["the CUDA kernels are not built (`make build-cuda`, needs nvcc)"]
     if not torch.cuda.is_available():
@@ -284,13 +286,32 @@ def why_not() -> list[str]:
     return [] if major >= 8 else [f"compute capability {major}.{minor} is below 8.0 (Ampere)"]
 
 
-@functools.cache
+_instead: Library | None = None
+
+
+def use(instead: Library | None) -> None:
+    """Takes another build in place of the installed one, or that one again with None. For tests: a build for the CPU
+    takes CPU tensors."""
+    global _instead
+    _instead = instead
+
+
+def emulated() -> bool:
+    """Whether a build that runs on the CPU is in use."""
+    return _instead is not None and not _instead.on_device
+
+
 def library() -> Library:
-    """The installed build, opened once.
+    """The build in use, opened once.
 
     Raises:
         BackendError: it is not built or cannot be opened.
     """
+    return _installed() if _instead is None else _instead
+
+
+@functools.cache
+def _installed() -> Library:
     return Library(_FILE)
 
 

@@ -7,14 +7,13 @@ so that later calls can be captured in a CUDA graph.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 
 from sparse_engine import kernels
 from sparse_engine.ops import cuda_library, registry
-from sparse_engine.ops.pattern import cached, cell_index, gather_matrix, scatter_matrix
+from sparse_engine.ops.pattern import LastSeen, cached, cell_index, gather_matrix, scatter_matrix
 
 _SIDES = (16, 32, 64, 128)
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -270,7 +269,8 @@ def _triton_rows(
 
 
 def _why_not_cuda(x, values, bias, row_ptr, cols, out_features, in_features, block) -> list[str]:
-    reasons = _why_not_operands({"x": x, "values": values, "bias": bias}, cols, False)
+    emulated = registry.forced("sparse_linear") == "cuda" and cuda_library.emulated()
+    reasons = _why_not_operands({"x": x, "values": values, "bias": bias}, cols, emulated)
     if reasons:
         return reasons
     reasons = cuda_library.why_not()
@@ -285,23 +285,12 @@ def _why_not_cuda(x, values, bias, row_ptr, cols, out_features, in_features, blo
     return reasons
 
 
-class _Packed:
-    """The records of the values that a pattern was last used with."""
-
-    __slots__ = ("version", "weak", "weight")
-
-    def __init__(self) -> None:
-        self.weak: Any = None
-        self.version = -1
-        self.weight: cuda_library.BitmaskWeight | None = None
-
-
 @registry.register("sparse_linear", "cuda", why_not=_why_not_cuda)
 def _cuda_forward(x, values, bias, row_ptr, cols, out_features, in_features, block):
-    slot = cached(row_ptr, cols, ("cuda bitmask", out_features, in_features, values.dtype), _Packed)
-    version = 0 if values.is_inference() else values._version
-    if slot.weak is None or slot.weak() is not values or slot.version != version:
+    def pack() -> cuda_library.BitmaskWeight:
         dense = scatter_matrix(values.detach(), row_ptr, cols, out_features, in_features, (1, 1))
-        slot.weight = cuda_library.pack_bitmask(dense)
-        slot.weak, slot.version = weakref.ref(values), version
-    return cuda_library.library().bitmask_linear(x.detach(), slot.weight, bias)
+        return cuda_library.pack_bitmask(dense)
+
+    # packed on the host, once; any later call starts one kernel
+    slot = cached(row_ptr, cols, ("cuda bitmask", out_features, in_features, values.dtype), LastSeen)
+    return cuda_library.library().bitmask_linear(x.detach(), slot.get(values, pack), bias)

@@ -10,6 +10,7 @@ that are all zero are skipped, which is found out on the GPU at every call.
 Numbers of the weight under the mask have no influence at all, NaN and infinities included.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from sparse_engine import kernels
 from sparse_engine.errors import ShapeError
 from sparse_engine.ops import registry
+from sparse_engine.ops.sparse_linear import bias_gradient
 
 __all__ = ["explain_masked_linear", "masked_linear"]
 
@@ -120,7 +122,7 @@ def _backward_forward(ctx, grad):
     op = torch.ops.sparse_engine
     dx = op.masked_linear_input_grad(grad, weight, mask, ctx.impl) if wants_x else None
     dweight = op.masked_linear_weight_grad(grad, x, mask, ctx.impl) if wants_weight else None
-    dbias = grad.reshape(-1, grad.shape[-1]).sum(0) if wants_bias else None
+    dbias = bias_gradient(grad) if wants_bias else None
     return dx, dweight, None, dbias, None
 
 
@@ -179,7 +181,8 @@ def _torch_input_grad(grad, weight, mask):
 
 @registry.register("masked_linear_weight_grad", "torch", why_not=_why_not_torch)
 def _torch_weight_grad(grad, x, mask):
-    return (grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])).where(mask, 0)
+    count = math.prod(grad.shape[:-1])  # −1 would not do where there are no outputs
+    return (grad.reshape(count, grad.shape[-1]).T @ x.reshape(count, x.shape[-1])).where(mask, 0)
 
 
 # -- triton: tiles that are all zero are skipped -----------------------------------------------------------------------

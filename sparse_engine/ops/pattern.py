@@ -116,6 +116,29 @@ def cached(row_ptr: torch.Tensor, cols: torch.Tensor, key: Hashable, build: Call
         return entry.built.setdefault(key, built)
 
 
+class LastSeen:
+    """What was made of the tensor that was seen last; made again for another one, or when its numbers have changed.
+
+    Detached copies and views of the same numbers count as the same tensor.
+    """
+
+    def __init__(self) -> None:
+        # What it was made of and the result, replaced together. While the weak reference is held, the address in the
+        # first cannot be another storage's.
+        self._last: tuple[tuple[Any, ...], StorageWeakRef, Any] | None = None
+
+    def get(self, tensor: torch.Tensor, make: Callable[[], T]) -> T:
+        """What `make()` returned for this tensor, now or earlier."""
+        if tensor.is_inference():  # counts no versions: a change of its numbers would not be noticed
+            return make()
+        seen, last = (*_place(tensor), tensor._version, tensor.dtype), self._last
+        if last is not None and last[0] == seen and not last[1].expired():
+            return last[2]
+        made = make()
+        self._last = (seen, StorageWeakRef(tensor.untyped_storage()), made)
+        return made
+
+
 def under_transform() -> bool:
     """Say whether a transform of `torch.func` or forward-mode differentiation is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

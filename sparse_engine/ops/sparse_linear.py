@@ -17,7 +17,15 @@ import torch
 
 from sparse_engine.errors import ShapeError
 from sparse_engine.ops import native, registry
-from sparse_engine.ops.pattern import Pattern, cell_index, gather_matrix, scatter_matrix, under_transform
+from sparse_engine.ops.pattern import (
+    LastSeen,
+    Pattern,
+    cached,
+    cell_index,
+    gather_matrix,
+    scatter_matrix,
+    under_transform,
+)
 
 __all__ = ["explain_linear", "sparse_linear"]
 
@@ -54,7 +62,9 @@ def sparse_linear(
         BackendError: when the backend asked for cannot run the call; it lists every backend and its reasons.
     """
     _check(x, values, pattern, bias)
-    x, values, bias = autocast(x, values, bias)
+    if values.requires_grad and not torch.is_grad_enabled():
+        values = values.detach()  # nobody trains here: kernels that pack the values once may run
+    x, values, bias = autocast(x, values, bias, pattern)
     if not torch.compiler.is_compiling() and under_transform() and impl in ("auto", "torch"):
         # Ops with gradients written in Python have none under `torch.func`; the reference consists of ops that have.
         matrix = (pattern.row_ptr, pattern.cols, pattern.rows, pattern.columns, list(pattern.block))
@@ -83,14 +93,27 @@ def explain_linear(
 
 
 def autocast(
-    x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, pattern: Pattern | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Cast the operands as a surrounding autocast asks: to its dtype, but to float32 on the CPU."""
+    """Cast the operands as a surrounding autocast asks: to its dtype, but to float32 on the CPU. With the pattern,
+    values that nobody trains are cast once and kept with it."""
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return x, values, bias
     dtype = torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)
-    return x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+    if pattern is None or values.requires_grad or torch.compiler.is_compiling() or under_transform():
+        cast = values.to(dtype)
+    else:
+        cast = cast_once(values, dtype, pattern)
+    return x.to(dtype), cast, None if bias is None else bias.to(dtype)
+
+
+def cast_once(values: torch.Tensor, dtype: torch.dtype, pattern: Pattern) -> torch.Tensor:
+    """Values in another dtype, the same tensor as long as neither they nor the pattern change."""
+    if values.dtype == dtype:
+        return values
+    slot = cached(pattern.row_ptr, pattern.cols, ("cast", dtype), LastSeen)
+    return slot.get(values, lambda: values.to(dtype))
 
 
 def _check(x: torch.Tensor, values: torch.Tensor, pattern: Pattern, bias: torch.Tensor | None) -> None:

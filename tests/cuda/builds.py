@@ -17,8 +17,7 @@ COMPILER = os.environ.get("CXX") or "g++"
 
 
 def cached(name: str, command: list[str], *more: Path) -> Path:
-    """Runs a compiler whose last argument is to be the output file; returns that file. Its messages lie beside it, in
-    NAME.log."""
+    """Runs a compiler whose last argument is to be the output file; returns that file. Its messages: `log_of`."""
     if shutil.which(command[0]) is None:
         pytest.skip(f"{command[0]} is not installed")
     digest = hashlib.sha256(" ".join(command).encode())
@@ -27,15 +26,20 @@ def cached(name: str, command: list[str], *more: Path) -> Path:
     folder = ROOT / "build" / "cuda-tests"
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / f"{name}-{digest.hexdigest()[:16]}"
-    if not output.exists():
+    if not output.exists() or not log_of(output).exists():
         partial = output.with_suffix(f".{os.getpid()}")
         run = subprocess.run([*command, str(partial)], capture_output=True, text=True, cwd=ROOT, check=False)
         if run.returncode and "cannot find -l" in run.stderr:
             pytest.skip(f"the runtime of {name} is not installed: {run.stderr.strip().splitlines()[-1]}")
         assert run.returncode == 0, run.stdout + run.stderr
-        output.with_suffix(".log").write_text(run.stdout + run.stderr, encoding="utf-8")
+        log_of(output).write_text(run.stdout + run.stderr, encoding="utf-8")
         partial.rename(output)
     return output
+
+
+def log_of(output: Path) -> Path:
+    """Where a compiler's messages lie: beside the file, with its hash, so that they are never another source's."""
+    return output.with_name(f"{output.name}.log")
 
 
 def host_library() -> Path:
@@ -51,4 +55,4 @@ def device_log(arch: str) -> str:
         f"kernels-{arch}.cubin",
         ["nvcc", *flags, f"-gencode=arch=compute_{arch[3:]},code={arch}", "csrc/cuda/kernels.cu", "-o"],
     )
-    return output.with_suffix(".log").read_text(encoding="utf-8")
+    return log_of(output).read_text(encoding="utf-8")

@@ -9,6 +9,8 @@ from torch import nn
 from sparse_engine.convert import capture, optimise
 from sparse_engine.convert.cuda import CudaExecutable, convert_cuda, device_reasons
 from sparse_engine.errors import ConvertError, ShapeError
+from sparse_engine.ops import cuda_library
+from tests.cuda.builds import host_library
 
 
 class Net(nn.Module):
@@ -52,6 +54,48 @@ def test_each_layer_gets_its_candidates_and_they_agree(device):
     for layer in executable.layers.values():
         for candidate in layer.candidates:
             assert candidate.milliseconds == 1.0, (candidate.name, layer.refused)
+
+
+class Wide(nn.Module):
+    """Weights in 64×64 blocks, in 1:4, and with single zeros; a convolution with empty channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(16, 8, 3, padding=1)
+        self.blocks = nn.Linear(8 * 16, 192)
+        self.groups = nn.Linear(192, 64)
+        self.single = nn.Linear(64, 24)
+        with torch.no_grad():
+            self.conv.weight[:, 8:] = 0
+            for row, column in ((0, 0), (1, 1), (2, 0)):  # no row and no column is empty: those are removed before
+                self.blocks.weight[64 * row : 64 * row + 64, 64 * column : 64 * column + 64] = 0
+            kept = nn.functional.one_hot(torch.randint(0, 4, (64, 48)), 4).reshape(64, 192)
+            self.groups.weight.mul_(kept)
+            self.single.weight[torch.rand(24, 64) < 0.6] = 0
+
+    def forward(self, x):
+        x = torch.relu(self.blocks(torch.relu(self.conv(x)).flatten(1)))
+        return self.single(nn.functional.silu(self.groups(x)))
+
+
+def test_candidates_in_16_bits_with_the_cuda_kernels(device):
+    """The CUDA kernels are candidates too, with bias and activation, and give what the dense call gives."""
+    net, x = Wide().eval(), torch.randn(3, 16, 4, 4)
+    graph = optimise(capture(net, (x,)).graph)
+    if device == "cpu":
+        cuda_library.use(cuda_library.Library(host_library()))
+    try:
+        executable = CudaExecutable(graph, torch.device(device), torch.float16)
+        executable.tune(x, timer=lambda call: 1.0)
+    finally:
+        cuda_library.use(None)
+    names = {candidate.name for layer in executable.layers.values() for candidate in layer.candidates}
+    wanted = {"cuda blocks 64×64", "cuda bitmask", "cuda channels", "triton 1:4", "triton channels"}
+    assert wanted <= names, names
+    for layer in executable.layers.values():
+        for candidate in layer.candidates:
+            if candidate.name.startswith(("cuda", "triton")):
+                assert candidate.milliseconds == 1.0, (candidate.name, layer.refused)
 
 
 def test_the_fastest_is_kept_and_the_result_is_the_models(device):

@@ -10,7 +10,7 @@ from sparse_engine.errors import BackendError, ShapeError
 from sparse_engine.ops.masked_linear import explain_masked_linear, masked_linear
 from tests.helpers import assert_close_to_fp64
 
-SHAPES = [((5,), 12, 20), ((2, 3), 7, 9), ((), 4, 6), ((0,), 3, 5)]
+SHAPES = [((5,), 12, 20), ((2, 3), 7, 9), ((), 4, 6), ((0,), 3, 5), ((4,), 0, 5), ((4,), 5, 0)]
 
 
 def make(leading, outputs, inputs, dtype=torch.float32):
