@@ -36,6 +36,27 @@ def test_one_configuration_of_each_kernel(arch):
     assert {"dsd_kernel", "sdd_kernel", "distill_kernel"} <= {r["kernel"] for r in results}
 
 
+def test_the_table_in_the_documentation_is_of_these_kernels():
+    """Every configuration of today, compiled for both architectures and without a problem; and the CUDA kernels."""
+    command = [sys.executable, "-W", "ignore", "-m", "sparse_engine.kernels.aot", "--list"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    *listed, fingerprint = run.stdout.splitlines()
+    table = (ROOT / "docs" / "kernels" / "aot.md").read_text(encoding="utf-8")
+    assert f"Configurations: `{fingerprint}`." in table, (
+        "a configuration has changed: python -m sparse_engine.kernels.aot --markdown docs/kernels/aot.md"
+    )
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "| sm_" in line]
+    assert {row[7] for row in rows} == {"ok"}
+    assert all(int(row[3]) > 0 and row[5] == "0" for row in rows)
+    cuda = [row for row in rows if row[1].startswith("CUDA C++")]
+    assert len(cuda) == 2 * 16
+    assert all(row[6].startswith("mma m16n8k16") for row in cuda)
+    assert sorted((row[2], row[0], row[1]) for row in rows if row not in cuda) == sorted(
+        tuple(line.split("\t")) for line in listed
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_every_configuration(arch):
