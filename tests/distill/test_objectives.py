@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from sparse_engine.distill import (
     as_objective,
 )
 from sparse_engine.errors import SparseEngineError
+from sparse_engine.ops.kd_table import store_predictions
 
 
 def net() -> nn.Module:
@@ -256,3 +258,43 @@ def test_pairs_repeat_from_a_saved_state():
 def test_something_that_is_no_loss_is_refused():
     with pytest.raises(SparseEngineError, match="loss is a str"):
         as_objective("cross_entropy")
+
+
+def test_processes_share_a_top_k_table_at_the_end_of_an_epoch(monkeypatch):
+    """Two threads stand for two processes; of a sample that both saw, the higher rank's predictions stay."""
+    rank, barrier, parts = threading.local(), threading.Barrier(2), {}
+
+    def all_reduce(tensor, op=torch.distributed.ReduceOp.SUM):
+        parts[rank.number] = tensor.clone()
+        barrier.wait(20)
+        both = torch.stack([parts[0], parts[1]])
+        barrier.wait(20)
+        tensor.copy_(both.sum(0) if op == torch.distributed.ReduceOp.SUM else both.max(0).values)
+
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank.number)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    labels, seen = torch.arange(6) % 5, {0: torch.tensor([0, 1, 2]), 1: torch.tensor([2, 3])}
+    objectives = {number: ProgressiveSelfDistillation(labels, 5, top_k=2) for number in seen}
+    predictions = {number: torch.rand(len(where), 5).softmax(1) for number, where in seen.items()}
+
+    def process(number):
+        rank.number = number
+        objective = objectives[number]
+        store_predictions(objective.table, objective.index, seen[number], predictions[number])
+        objective.seen[seen[number]] = True
+        objective.end_epoch()
+
+    threads = [threading.Thread(target=process, args=(number,)) for number in seen]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = ProgressiveSelfDistillation(labels, 5, top_k=2)
+    for number, where in seen.items():
+        store_predictions(expected.table, expected.index, where, predictions[number])
+    for objective in objectives.values():
+        torch.testing.assert_close(objective.table, expected.table)
+        assert torch.equal(objective.index, expected.index)
+        assert not objective.seen.any()
