@@ -117,10 +117,12 @@ class Latency:
         rounding: sizes are measured at multiples of this and interpolated in between, so that a search over widths
             measures few layers.
         table: what is known so far, by shape; save it with the results.
+        whole: (network, example inputs) -> milliseconds. With it `prune_channels` times the compacted network and
+            chooses again until that meets the target, not only the sum of its layers.
+        scale, offset: what brings the sum together with whole networks, which also spend time on activations, norms
+            and start-up; `whole` sets the scale.
 
-    Only layers count that a width changes: convolutions and linear layers. What is left (activations, norms,
-    start-up) is measured by whoever compares the sum with the whole network; `scale` and `offset` bring the two
-    together.
+    Only layers count that a width changes: convolutions and linear layers.
     """
 
     measure: Callable[[nn.Module, Tensor], float] | None = None
@@ -129,6 +131,7 @@ class Latency:
     scale: float = 1.0
     offset: float = 0.0
     unit: str = "ms"
+    whole: Callable[[nn.Module, Any], float] | None = None
 
     def __call__(self, analysis: Analysis, removed: Removed, skipped: Sequence[str] = ()) -> float:
         total = sum(

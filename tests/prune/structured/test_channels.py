@@ -130,6 +130,28 @@ def test_latency_target_follows_its_table():
     )
 
 
+def test_a_latency_target_is_met_by_the_whole_network():
+    """A network takes longer than its layers: what counts is its own time, measured on what is left."""
+
+    def layer(module: nn.Module, x: torch.Tensor) -> float:
+        return module.weight.numel() * 1e-3
+
+    def whole(model: nn.Module, x: torch.Tensor) -> float:
+        timed.append(sum(layer(m, x) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)) * 1.7 + 0.3)
+        return timed[-1]
+
+    timed: list[float] = []
+    layers = [nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 32, 3), nn.ReLU(), nn.Conv2d(32, 2, 1)]
+    model, x = randomise_(nn.Sequential(*layers)), torch.randn(1, 3, 8, 8)
+    dense = whole(model, x)
+    report = prune_channels(model, x, target=0.5 * dense, cost=Latency(measure=layer, whole=whole, rounding=1))
+    assert 0.9 * 0.5 * dense <= report.measured <= 0.5 * dense
+    assert (report.cost_before, report.cost_after) == (dense, report.measured)
+    assert whole(compact(model, x), x) == pytest.approx(report.measured)
+    with pytest.raises(PruneError, match=r"none of 6 networks met|out of reach"):
+        prune_channels(network(), x, target=0.31, cost=Latency(measure=layer, whole=whole))
+
+
 @pytest.mark.parametrize("likes", [1, 4, 8])
 def test_rounding_follows_what_the_kernels_like(likes: int):
     """On a machine whose time goes up in steps of so many channels, groups keep multiples of that, and nothing else."""
