@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import subprocess
 import sys
 import time
@@ -64,29 +65,13 @@ def halve_(model: nn.Module, x: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def run_networks(names: list[str], batches: list[int], threads: int, rounds: int) -> None:
+def run_networks(names: list[str], batches: list[int], threads: int, rounds: int, keep: bool) -> None:
     """Dense and compacted network, each as an executable and in PyTorch, in turns."""
     WORK.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in names:
-        model = pruned_network(name, sparsity=0)
-        x = torch.randn(1, *IMAGE, generator=torch.Generator().manual_seed(0))
-        files = {"dense": WORK / f"{name}_dense.spx", "dense_torch": WORK / f"{name}_dense.pt2"}
-        dense_parameters = sum(parameter.numel() for parameter in model.parameters())
-        _export(model, files["dense_torch"])
-        halve_(model, x)
-        masked = model(x)
-        small = se.compact(model, x).eval()
-        files |= {"compact": WORK / f"{name}_compact.spx", "compact_torch": WORK / f"{name}_compact.pt2"}
-        _export(small, files["compact_torch"])
-        torch.save((x, masked), WORK / f"{name}_outputs.pt")
-        plain = _in_plain_pytorch(files["compact_torch"], WORK / f"{name}_outputs.pt")
         for batch in batches:
-            inputs = torch.randn(batch, *IMAGE, generator=torch.Generator().manual_seed(0))
-            se.convert(pruned_network(name, sparsity=0), (inputs,), threads=threads).save(files["dense"])
-            executable = se.convert(small, (inputs,), threads=threads)
-            executable.save(files["compact"])
-            difference = float((executable(x) - masked).abs().max() / masked.abs().max()) if batch == 1 else None
+            facts, files = _prepared(name, batch, threads, keep)
             wanted = {
                 label: ("torch" if label.endswith("torch") else "sparse_engine", file, sys.executable)
                 for label, file in files.items()
@@ -99,12 +84,12 @@ def run_networks(names: list[str], batches: list[int], threads: int, rounds: int
             ms = {label: summary["median_ms"] for label, summary in times.items()}
             rows.append({
                 "network": name, "batch": batch, "threads": threads,
-                "parameters_left_%": 100 * sum(p.numel() for p in small.parameters()) / dense_parameters,
-                "flops_left_%": 100 * _flops(small, x) / _flops(model, x),
+                "parameters_left_%": facts["parameters_left_%"], "flops_left_%": facts["flops_left_%"],
                 "dense_ms": ms["dense"], "compact_ms": ms["compact"], "speed_up": ms["dense"] / ms["compact"],
                 "dense_torch_ms": ms["dense_torch"], "compact_torch_ms": ms["compact_torch"],
                 "speed_up_torch": ms["dense_torch"] / ms["compact_torch"],
-                "difference_executable": difference, "difference_plain_torch": plain,
+                "difference_executable": facts["difference_executable"],
+                "difference_plain_torch": facts["difference_plain_torch"],
             })  # fmt: skip
             print(rows[-1], flush=True)
     if rows:
@@ -118,6 +103,43 @@ def run_networks(names: list[str], batches: list[int], threads: int, rounds: int
                 "to their scale; the one in plain PyTorch is measured where this project cannot be imported."
             ),
         )
+
+
+def _prepared(name: str, batch: int, threads: int, keep: bool) -> tuple[dict[str, Any], dict[str, Path]]:
+    """What is known of a network and its four files; with `keep`, files of an earlier call are not made again."""
+    x = torch.randn(1, *IMAGE, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(batch, *IMAGE, generator=torch.Generator().manual_seed(0))
+    made = f"{name}_{batch}_{threads}"
+    files = {"dense": WORK / f"{made}_dense.spx", "dense_torch": WORK / f"{name}_dense.pt2"}
+    files |= {"compact": WORK / f"{made}_compact.spx", "compact_torch": WORK / f"{name}_compact.pt2"}
+    known = WORK / f"{made}.json"
+
+    def missing(label: str) -> bool:
+        return not (keep and files[label].exists())
+
+    if missing("dense_torch"):
+        _export(pruned_network(name, sparsity=0), files["dense_torch"])
+    if missing("dense"):
+        se.convert(pruned_network(name, sparsity=0), (inputs,), threads=threads).save(files["dense"])
+    if missing("compact_torch") or missing("compact") or not (keep and known.exists()):
+        model = pruned_network(name, sparsity=0)
+        dense_parameters = sum(parameter.numel() for parameter in model.parameters())
+        halve_(model, x)
+        masked = model(x)
+        small = se.compact(model, x).eval()
+        _export(small, files["compact_torch"])
+        torch.save((x, masked), WORK / f"{name}_outputs.pt")
+        executable = se.convert(small, (inputs,), threads=threads)
+        executable.save(files["compact"])
+        difference = float((executable(x) - masked).abs().max() / masked.abs().max()) if batch == 1 else None
+        facts = {
+            "parameters_left_%": 100 * sum(p.numel() for p in small.parameters()) / dense_parameters,
+            "flops_left_%": 100 * _flops(small, x) / _flops(model, x),
+            "difference_executable": difference,
+            "difference_plain_torch": _in_plain_pytorch(files["compact_torch"], WORK / f"{name}_outputs.pt"),
+        }
+        known.write_text(json.dumps(facts))
+    return json.loads(known.read_text()), files
 
 
 def _export(model: nn.Module, path: Path) -> None:
@@ -331,10 +353,11 @@ def main() -> None:
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--keep", action="store_true", help="networks: take the files of an earlier, interrupted call")
     options = parser.parse_args()
     if options.part in (None, "networks"):
         names, batches = (["resnet50"], [1]) if options.quick else (options.network, options.batch)
-        run_networks(names, batches, options.threads, 3 if options.quick else 7)
+        run_networks(names, batches, options.threads, 3 if options.quick else 7, options.keep)
     if options.part in (None, "lists"):
         run_lists(options.threads, 1 if options.quick else 3)
     if options.part in (None, "training"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import results_io
 from bench.results_io import RESULTS
 from sparse_engine.coreset import default_alpha
 from sparse_engine.io.atomic import atomic_write_text
@@ -458,6 +459,8 @@ def stp_section() -> list[str]:
         lines += [f"### {name}", "", _stp_described(stored), "", "| claim | verdict | figures |", "| --- | --- | --- |"]
         lines += [f"| {' | '.join(entry)} |" for entry in stp_claims(stored)]
         lines += ["", *_stp_table(stored), ""]
+        if notes := results_io.read(stp.results_name(name)).get("notes"):
+            lines += [notes, ""]
         lines += _curves(name)
     if not names:
         lines += ["Not yet run (`python -m bench.repro.stp run --help`).", ""]
@@ -512,6 +515,7 @@ def _relative_sparsity(stored: list[dict[str, Any]], targets: list[float]) -> tu
     dense = [ratio(row) for row in stored if row["method"] == "dense"]
     found = {t: [ratio(row) for row in stored if row["method"] == "stp" and row["target"] == t] for t in targets}
     found = {t: values for t, values in found.items() if values}
+    found = {t: values for t, values in found.items() if len(values) >= SEEDS} or found
     if not dense or not found:
         return claim, NOT_RUN, ""
     base = statistics.fmean(dense)
