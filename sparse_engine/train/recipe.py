@@ -186,7 +186,7 @@ class DiagnosticsPart:
     """What ``sparse-engine report`` shows of a run beside its curves; computed only when the run has a folder."""
 
     enabled: bool = True
-    samples: int = 128  # training samples on which gradients and the loss surface are taken
+    samples: int = 128  # training samples on which gradients and the loss surface are taken, a batch at most
     points: int = 11  # of the loss surface, per side
 
 

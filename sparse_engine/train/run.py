@@ -672,9 +672,9 @@ class _Run:
         return self.recipe.diagnostics.enabled and self.folder is not None
 
     def _probe(self) -> Batch:
-        """The same training samples every time, without augmentation."""
+        """The same training samples every time, without augmentation; no more than a training step has memory for."""
         data = self._kept_data()
-        count = min(self.recipe.diagnostics.samples, len(data))
+        count = min(self.recipe.diagnostics.samples, self.recipe.train.batch_size, len(data))
         return data.batch(torch.arange(count), augment=False).to(self.device)
 
     def _mean_jacobian(self) -> float:
