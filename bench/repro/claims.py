@@ -73,6 +73,11 @@ TRIED_ZERO = {
     ),
 }
 
+TRIED_RATE = (
+    " For data pruning: at the learning rate of the other studies the factor T² of distillation made this network, which "
+    "has no batch norm, fall to chance (T = 4, f = 0.1); without a teacher it trains at either."
+)
+
 TRIED_VGG = (
     "A few hundred optimiser steps decide here: the pipeline spends half of them before it prunes, as magnitude does, "
     "while SNIP, GraSP, random and RigL train the sparse network from the first one."
@@ -644,7 +649,8 @@ def _named(options: dict[str, Any]) -> str:
 def _tried(rows: Rows) -> str:
     settings = SCALES[rows.scale]
     if "pipeline_hidden" in settings:
-        return TRIED_EPSD + TRIED_ZERO[tuple(settings["pipeline_hidden"])]
+        rate = TRIED_RATE if settings["coreset_rate"] < 0.1 else ""
+        return TRIED_EPSD + TRIED_ZERO[tuple(settings["pipeline_hidden"])] + rate
     return TRIED_VGG
 
 
