@@ -74,8 +74,8 @@ TRIED_ZERO = {
 }
 
 TRIED_RATE = (
-    " For data pruning: at the learning rate of the other studies the factor T² of distillation made this network, which "
-    "has no batch norm, fall to chance (T = 4, f = 0.1); without a teacher it trains at either."
+    " For data pruning: at the learning rate of the other studies the factor T² of distillation made this network, "
+    "which has no batch norm, fall to chance (T = 4, f = 0.1); without a teacher it trains at either."
 )
 
 TRIED_VGG = (
