@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,23 @@ def test_a_dry_run_reports_a_wrong_kernel(dry, capsys, monkeypatch):
     monkeypatch.setattr(kernels, "nm_linear", lambda *arguments: right(*arguments) * 1.1, raising=False)
     assert gpu.main(["--dry-run", "--only", "two_of_four"]) == 1
     assert "wrong by" in capsys.readouterr().out
+
+
+def test_tests_are_dealt_out_and_counted(bench, monkeypatch):
+    monkeypatch.setattr(gpu, "test_files", lambda: ["tests/kernels/test_nm.py"])
+    tests, _ = gpu.collect_tests()
+    gpu.run_tests(bench, 500, processes=2)
+    rows = [row for row in bench.rows if row["section"] == "tests"]
+    assert [row["contender"] for row in rows] == ["part 1 of 2", "part 2 of 2"]
+    passed = [re.search(r"(\d+) passed", row["result"]) for row in rows]
+    assert sum(int(found.group(1)) for found in passed if found) == len(tests) > 20
+    assert not bench.failed
+
+
+def test_tests_that_cannot_be_collected_fail_the_run(bench, monkeypatch):
+    monkeypatch.setattr(gpu, "test_files", lambda: ["tests/kernels/no_such_file.py"])
+    gpu.run_tests(bench, 500)
+    assert bench.failed
 
 
 @pytest.mark.slow
