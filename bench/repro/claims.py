@@ -517,6 +517,7 @@ def _relative_sparsity(stored: list[dict[str, Any]], targets: list[float]) -> tu
     def ratio(row: dict[str, Any]) -> float:
         return row["kept_magnitude"] / row["dropped_magnitude"] if row["dropped_magnitude"] else float("inf")
 
+    stored = [row for row in stored if "kept_magnitude" in row]
     dense = [ratio(row) for row in stored if row["method"] == "dense"]
     found = {t: [ratio(row) for row in stored if row["method"] == "stp" and row["target"] == t] for t in targets}
     found = {t: values for t, values in found.items() if values}
@@ -585,7 +586,7 @@ def _stp_described(stored: list[dict[str, Any]]) -> str:
         else f"Fine-tuning takes half of the epochs and {stp.TUNING_RATE:g} of the rate."
     )
     samples = f" on the first {row['samples']} training samples" if row["samples"] else ""
-    minutes = sum(entry["cpu_seconds"] for entry in stored) / 60
+    minutes = sum(entry["cpu_seconds"] or 0.0 for entry in stored) / 60
     dates = sorted(entry["date"] for entry in stored)
     return (
         f"{row['model']}, width {row['width']}, shortcuts of option {row['option']}; {row['epochs']} epochs{samples} "

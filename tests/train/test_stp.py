@@ -241,9 +241,8 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "vit_small"] + ["vit_small"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_recipe_runs_to_an_executable(name: str, tmp_path):
     """The ImageNet form of ResNets, inverted residuals and transformers: searched, extracted, converted."""
     settings = {
