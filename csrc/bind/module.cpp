@@ -111,6 +111,7 @@ struct Weight {
     }
     std::shared_ptr<const PanelMatrix> panels;
     std::shared_ptr<const WinogradWeight> winograd;
+    std::shared_ptr<const VectorLayer> product;     // of any precision, for vectors
     std::shared_ptr<std::vector<int64_t>> row_ptr;  // vector layout
     std::shared_ptr<std::vector<int32_t>> col;
     std::shared_ptr<std::vector<uint16_t>> col16;  // instead of col, once cut into blocks
@@ -119,6 +120,7 @@ struct Weight {
     int64_t nbytes() const {
         if (panels) return panels->nbytes();
         if (winograd) return winograd->nbytes();
+        if (product) return product->nbytes();
         return static_cast<int64_t>((row_ptr ? row_ptr->size() * 8 + (col ? col->size() * 4 : col16->size() * 2) : 0) + values->size() * 4);
     }
 };
@@ -183,7 +185,8 @@ ConvGeometry geometry(const py::dict& d) {
 
 // A weight for single vectors, from a pattern with values in its order or from all rows × cols values.
 std::shared_ptr<VectorLayer> vector_layer(const std::optional<Array<int64_t>>& row_ptr, const std::optional<Array<int32_t>>& col,
-                                          const py::array& values, const std::optional<Array<float>>& scales, int64_t rows, int64_t cols) {
+                                          const py::array& values, const std::optional<Array<float>>& scales, int64_t rows, int64_t cols,
+                                          bool bytes) {
     if (!(values.flags() & py::array::c_style)) throw std::invalid_argument("values must be contiguous");
     Precision precision;
     if (py::isinstance<py::array_t<float>>(values)) {
@@ -201,7 +204,7 @@ std::shared_ptr<VectorLayer> vector_layer(const std::optional<Array<int64_t>>& r
     if (!row_ptr) {
         if (values.size() != rows * cols)
             throw std::invalid_argument("a dense weight of " + std::to_string(rows) + "x" + std::to_string(cols) + " has as many values");
-        return std::make_shared<VectorLayer>(nullptr, std::make_shared<RowMatrix>(rows, cols, values.data(), precision), floats);
+        return std::make_shared<VectorLayer>(nullptr, nullptr, std::make_shared<RowMatrix>(rows, cols, values.data(), precision), floats);
     }
     if (row_ptr->size() != rows + 1 || col->size() != values.size() || row_ptr->data()[rows] != values.size())
         throw std::invalid_argument("row_ptr, columns and values do not fit");
@@ -209,7 +212,8 @@ std::shared_ptr<VectorLayer> vector_layer(const std::optional<Array<int64_t>>& r
         if (row_ptr->data()[r + 1] < row_ptr->data()[r]) throw std::invalid_argument("row_ptr decreases");
     CsrView csr{rows, cols, row_ptr->data(), col->data()};
     check_csr(csr);
-    return std::make_shared<VectorLayer>(std::make_shared<LookupMatrix>(csr, values.data(), precision, false), nullptr, floats);
+    if (bytes) return std::make_shared<VectorLayer>(nullptr, std::make_shared<ByteLookup>(csr, values.data(), precision), nullptr, floats);
+    return std::make_shared<VectorLayer>(std::make_shared<LookupMatrix>(csr, values.data(), precision, false), nullptr, nullptr, floats);
 }
 
 KDBatch kd_batch(uintptr_t logits, int64_t pitch, int64_t rows, int64_t classes, uintptr_t targets, uintptr_t teacher,
@@ -228,7 +232,7 @@ KDBatch kd_batch(uintptr_t logits, int64_t pitch, int64_t rows, int64_t classes,
 }  // namespace
 
 // Raised together with INTERFACE in sparse_engine/ops/native.py when a name, an argument or a meaning below changes.
-constexpr int kInterface = 7;
+constexpr int kInterface = 8;
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The C++ core of sparse_engine.";
@@ -247,6 +251,7 @@ PYBIND11_MODULE(_C, m) {
             feature("avx512bw", c.avx512bw);
         feature("avx512dq", c.avx512dq), feature("avx512vl", c.avx512vl), feature("avx512_vnni", c.avx512_vnni),
             feature("avx512_bf16", c.avx512_bf16);
+        feature("avx512_vbmi", c.avx512_vbmi);
         d["isa"] = to_string(active_isa());
         d["available"] = available;
         d["vendor"] = c.vendor, d["model"] = c.model, d["cores"] = c.available_cpus;
@@ -364,10 +369,12 @@ PYBIND11_MODULE(_C, m) {
 
     py::class_<VectorLayer, std::shared_ptr<VectorLayer>>(m, "VectorLinear")
         .def(py::init([](const std::optional<Array<int64_t>>& row_ptr, const std::optional<Array<int32_t>>& col, const py::array& values,
-                         const std::optional<Array<float>>& scales, int64_t rows,
-                         int64_t cols) { return vector_layer(row_ptr, col, values, scales, rows, cols); }),
+                         const std::optional<Array<float>>& scales, int64_t rows, int64_t cols,
+                         bool bytes) { return vector_layer(row_ptr, col, values, scales, rows, cols, bytes); }),
              py::arg("row_ptr"), py::arg("cols"), py::arg("values"), py::arg("scales"), py::arg("rows"), py::arg("cols_count"),
-             "values: float32, uint16 (the bits of bfloat16) or int8; without a pattern all rows x cols of them.")
+             py::arg("bytes") = false,
+             "values: float32, uint16 (the bits of bfloat16) or int8; without a pattern all rows x cols of them. bytes: columns as "
+             "bytes, for the latter two.")
         .def(
             "forward",
             [](VectorLayer& l, uintptr_t x, int64_t ldx, int64_t n, uintptr_t y, int64_t ldy, uintptr_t bias) {
@@ -375,8 +382,7 @@ PYBIND11_MODULE(_C, m) {
             },
             py::arg("x"), py::arg("ldx"), py::arg("n"), py::arg("y"), py::arg("ldy"), py::arg("bias") = 0, Release())
         .def_property_readonly("nbytes", &VectorLayer::nbytes)
-        .def_property_readonly("stored",
-                               [](const VectorLayer& l) { return l.sparse ? l.sparse->stored() : l.dense->rows * l.dense->pitch; });
+        .def_property_readonly("stored", &VectorLayer::stored);
 
     // -------------------------------------------------------------------------------------------------------- plans
 
@@ -447,10 +453,22 @@ PYBIND11_MODULE(_C, m) {
                 return w;
             },
             py::arg("row_ptr"), py::arg("cols"), py::arg("values"), py::arg("rows"), py::arg("cols_count"))
+        .def_static(
+            "product",
+            [](const std::optional<Array<int64_t>>& row_ptr, const std::optional<Array<int32_t>>& col, const py::array& values,
+               const std::optional<Array<float>>& scales, int64_t rows, int64_t cols, bool bytes) {
+                auto w = std::make_shared<Weight>();
+                w->rows = rows, w->cols = cols;
+                w->product = vector_layer(row_ptr, col, values, scales, rows, cols, bytes);
+                return w;
+            },
+            py::arg("row_ptr"), py::arg("cols"), py::arg("values"), py::arg("scales"), py::arg("rows"), py::arg("cols_count"),
+            py::arg("bytes"), "For vectors, in the precision of the values: see VectorLinear.")
         .def_property_readonly("nbytes", &Weight::nbytes)
         .def_property_readonly("stored",
                                [](const Weight& w) {
                                    if (w.panels) return w.panels->stored();
+                                   if (w.product) return w.product->stored();
                                    return static_cast<int64_t>(w.winograd ? w.winograd->packed.size() : w.values->size());
                                })
         .def_readonly("rows", &Weight::rows)
@@ -557,10 +575,17 @@ PYBIND11_MODULE(_C, m) {
         .def("vector",
              [](PlanBuilder& b, const std::string& name, const Weight& weight, const std::optional<Array<float>>& bias, const PyRef& x, const PyRef& out, const std::optional<PyRef>& residual,
                 const PyActivation& activation) {
-                 if (!weight.values) throw std::invalid_argument(name + ": not a weight for vectors");
+                 if (!weight.values && !weight.product) throw std::invalid_argument(name + ": not a weight for vectors");
                  b.check_planes(x, 1, 0, weight.cols), b.check_planes(out, 1, 0, weight.rows);
                  if (residual) b.check_planes(*residual, 1, 0, weight.rows);
                  if (bias && bias->size() != weight.rows) throw std::invalid_argument(name + ": the bias does not fit the rows");
+                 if (weight.product) {
+                     auto product = weight.product->node();
+                     product->bias = optional_floats(bias), product->x = ref(x), product->out = ref(out), product->epilogue = epilogue(activation);
+                     if (residual) product->has_residual = true, product->residual = ref(*residual);
+                     b.add(name, std::move(product));
+                     return;
+                 }
                  auto node = std::make_unique<VectorNode>();
                  node->rows = weight.rows, node->cols = weight.cols, node->values = weight.values, node->row_ptr = weight.row_ptr, node->col16 = weight.col16;
                  node->bias = optional_floats(bias), node->x = ref(x), node->out = ref(out), node->epilogue = epilogue(activation);

@@ -67,6 +67,7 @@ void detect_instructions(CpuInfo& info) {
     info.avx512bw = info.avx512f && bit(leaf7.ebx, 30);
     info.avx512vl = info.avx512f && bit(leaf7.ebx, 31);
     info.avx512_vnni = info.avx512f && bit(leaf7.ecx, 11);
+    info.avx512_vbmi = info.avx512f && bit(leaf7.ecx, 1);
     info.avx512_bf16 = info.avx512f && bit(leaf7_1.eax, 5);
 
     // Exactly what the kernels are compiled with: see the flags in CMakeLists.txt.

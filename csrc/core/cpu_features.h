@@ -24,6 +24,7 @@ struct CpuInfo {
     bool avx512vl = false;
     bool avx512_vnni = false;
     bool avx512_bf16 = false;
+    bool avx512_vbmi = false;
     // Gather instructions are slower than as many loads: AMD, measured up to Zen 4.
     bool slow_gather = false;
 

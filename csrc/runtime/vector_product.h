@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "pack/byte_lookup.h"
 #include "pack/vector_matrix.h"
 #include "runtime/plan.h"
 
@@ -15,7 +16,8 @@ namespace sparse_engine {
 // out[i][m] = act(scale[m] · Σ_k w[m][k] x[i][k] + bias[m] + residual[i][m]) for each of `count` vectors.
 class VectorProductNode : public Node {
   public:
-    std::shared_ptr<const LookupMatrix> sparse;  // one of the two
+    std::shared_ptr<const LookupMatrix> sparse;  // one of the three
+    std::shared_ptr<const ByteLookup> bytes;
     std::shared_ptr<const RowMatrix> dense;
     std::shared_ptr<const std::vector<float>> scale, bias;  // or null
     int64_t count = 1;
@@ -33,23 +35,33 @@ class VectorProductNode : public Node {
     void run(Context& context) const override;
 
   private:
-    int64_t rows() const { return sparse ? sparse->rows : dense->rows; }
+    int64_t rows() const { return sparse ? sparse->rows : bytes ? bytes->rows : dense->rows; }
     VectorArgs destination(const Context& context, int64_t vector, int64_t row0) const;
     void run_sparse(Context& context) const;
     void run_dense(Context& context) const;
+    void run_bytes(Context& context) const;
 };
 
 // A weight of its own precision as a layer on the caller's memory.
 class VectorLayer {
   public:
-    VectorLayer(std::shared_ptr<const LookupMatrix> sparse, std::shared_ptr<const RowMatrix> dense,
+    VectorLayer(std::shared_ptr<const LookupMatrix> sparse, std::shared_ptr<const ByteLookup> bytes, std::shared_ptr<const RowMatrix> dense,
                 std::shared_ptr<const std::vector<float>> scale);
     void forward(const float* x, int64_t ldx, int64_t n, float* y, int64_t ldy, const float* bias);
-    int64_t rows() const { return sparse ? sparse->rows : dense->rows; }
-    int64_t cols() const { return sparse ? sparse->cols : dense->cols; }
-    int64_t nbytes() const { return (sparse ? sparse->nbytes() : dense->nbytes()) + (scale ? static_cast<int64_t>(scale->size()) * 4 : 0); }
+    // The product alone: input and output are still to be set.
+    std::unique_ptr<VectorProductNode> node() const;
+    int64_t rows() const { return sparse ? sparse->rows : bytes ? bytes->rows : dense->rows; }
+    int64_t cols() const { return sparse ? sparse->cols : bytes ? bytes->cols : dense->cols; }
+    int64_t stored() const { return sparse ? sparse->stored() : bytes ? bytes->stored() : dense->rows * dense->pitch; }
+    int64_t nbytes() const {
+        return (sparse  ? sparse->nbytes()
+                : bytes ? bytes->nbytes()
+                        : dense->nbytes()) +
+               (scale ? static_cast<int64_t>(scale->size()) * 4 : 0);
+    }
 
-    const std::shared_ptr<const LookupMatrix> sparse;
+    const std::shared_ptr<const LookupMatrix> sparse;  // one of the three
+    const std::shared_ptr<const ByteLookup> bytes;
     const std::shared_ptr<const RowMatrix> dense;
     const std::shared_ptr<const std::vector<float>> scale;
 

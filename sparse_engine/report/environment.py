@@ -31,6 +31,7 @@ _INSTRUCTION_SETS = (
     ("avx512vl", "AVX-512VL"),
     ("avx512_vnni", "AVX-512 VNNI"),
     ("avx512_bf16", "AVX-512 BF16"),
+    ("avx512_vbmi", "AVX-512 VBMI"),
     ("amx_tile", "AMX"),
     ("asimd", "NEON"),
     ("sve", "SVE"),
