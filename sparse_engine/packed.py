@@ -397,13 +397,22 @@ class PackedWeight:
         return tensors, {"structure": str(self.structure), "shape": list(self.shape), "coding": self.coding}
 
     @classmethod
-    def from_state(cls, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> "PackedWeight":
+    def from_state(
+        cls,
+        tensors: Mapping[str, torch.Tensor],
+        meta: Mapping[str, Any],
+        dtypes: tuple[torch.dtype, ...] = _VALUE_DTYPES,
+    ) -> "PackedWeight":
         """Rebuild a packed weight, trusting nothing: every size, index and type is checked before use.
 
         Example:
             >>> packed = PackedWeight.from_dense(torch.eye(3))
             >>> torch.equal(PackedWeight.from_state(*packed.state()).to_dense(), torch.eye(3))
             True
+
+        Args:
+            tensors, meta: as `state` returns them.
+            dtypes: that the values may have.
 
         Raises:
             FileFormatError: naming what is wrong.
@@ -429,10 +438,9 @@ class PackedWeight:
             if f"pattern.{name}" in tensors
         }
         values, bias, order = tensors["values"], tensors.get("bias"), tensors.get("order")
-        if values.dtype not in _VALUE_DTYPES:
-            raise FileFormatError(
-                f"packed weight: values have dtype {values.dtype}; float32, float16, bfloat16 or float64 expected"
-            )
+        if values.dtype not in dtypes:
+            expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise FileFormatError(f"packed weight: values have dtype {values.dtype}; {expected} expected")
         if bias is not None and (bias.numel() != shape[0] or not bias.dtype.is_floating_point):
             raise FileFormatError(f"packed weight: bias of {bias.numel()} x {bias.dtype} does not fit {shape[0]} rows")
         packed = cls(

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from sparse_engine.errors import StructureError
 from sparse_engine.packed import PackedWeight
+from sparse_engine.rounded import RoundedWeight
 
 if TYPE_CHECKING:
     from sparse_engine.convert.graph import Graph
+
+Constant = Tensor | PackedWeight | RoundedWeight
 
 
 class PackedConstants(MutableMapping[str, Tensor]):
@@ -25,15 +28,17 @@ class PackedConstants(MutableMapping[str, Tensor]):
         (torch.Size([64, 64]), True)
 
     Args:
-        constants: tensors, or weights that are packed already.
+        constants: tensors, or weights that are packed (and rounded) already.
     """
 
-    def __init__(self, constants: Mapping[str, Tensor | PackedWeight]) -> None:
-        self.stored: dict[str, Tensor | PackedWeight] = {name: pack(item) for name, item in constants.items()}
+    def __init__(self, constants: Mapping[str, Constant]) -> None:
+        self.stored: dict[str, Tensor | PackedWeight | RoundedWeight] = {
+            name: pack(item) for name, item in constants.items()
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         item = self.stored[name]
-        return item.to_dense() if isinstance(item, PackedWeight) else item
+        return item if isinstance(item, Tensor) else item.to_dense()
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         self.stored[name] = pack(tensor)
@@ -54,7 +59,7 @@ class PackedConstants(MutableMapping[str, Tensor]):
     def nbytes(self) -> int:
         """Bytes as stored."""
         return sum(
-            item.nbytes if isinstance(item, PackedWeight) else item.numel() * item.element_size()
+            item.numel() * item.element_size() if isinstance(item, Tensor) else item.nbytes
             for item in self.stored.values()
         )
 
@@ -68,7 +73,7 @@ def constant_shape(graph: Graph, name: str) -> tuple[int, ...]:
 def constant_nonzeros(graph: Graph, name: str) -> int:
     """How many entries of a graph's constant are not zero (or, where it is packed, are kept)."""
     item = graph.constants.stored[name] if isinstance(graph.constants, PackedConstants) else graph.constants[name]
-    return item.nnz if isinstance(item, PackedWeight) else int(torch.count_nonzero(item))
+    return int(torch.count_nonzero(item)) if isinstance(item, Tensor) else item.nnz
 
 
 def constant_csr(graph: Graph, name: str) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
@@ -77,6 +82,9 @@ def constant_csr(graph: Graph, name: str) -> tuple[numpy.ndarray, numpy.ndarray,
     A packed one is not made dense for that, which would take ten times the memory at 90 % zeros.
     """
     item = graph.constants.stored[name] if isinstance(graph.constants, PackedConstants) else graph.constants[name]
+    if isinstance(item, RoundedWeight):
+        row_ptr, cols, values = item.csr()
+        return row_ptr, cols, item.float_values(row_ptr, values)
     if isinstance(item, PackedWeight):
         csr = item.csr()
         values = item.values if csr.order is None else item.values[csr.order]
@@ -88,9 +96,15 @@ def constant_csr(graph: Graph, name: str) -> tuple[numpy.ndarray, numpy.ndarray,
     return row_ptr, cols.astype(numpy.int32), weight[rows, cols]
 
 
-def pack(item: Tensor | PackedWeight) -> Tensor | PackedWeight:
+def constant_rounded(graph: Graph, name: str) -> RoundedWeight | None:
+    """A graph's constant where it is kept in another precision than it stands for, else None."""
+    item = graph.constants.stored[name] if isinstance(graph.constants, PackedConstants) else None
+    return item if isinstance(item, RoundedWeight) else None
+
+
+def pack(item: Constant) -> Constant:
     """A weight packed where that is smaller; everything else as it is."""
-    if isinstance(item, PackedWeight) or item.dim() < 2 or not item.is_floating_point() or item.numel() == 0:
+    if not isinstance(item, Tensor) or item.dim() < 2 or not item.is_floating_point() or item.numel() == 0:
         return item
     zeros = item.numel() - int(torch.count_nonzero(item))
     # A bitmask alone takes a bit for each entry.

@@ -22,9 +22,13 @@ from sparse_engine.errors import FileFormatError, StructureError
 from sparse_engine.io import strict_json
 from sparse_engine.io.container import DTYPE_NAMES, Container, is_size, tensor_bytes, write_container
 from sparse_engine.packed import PackedWeight
+from sparse_engine.rounded import RoundedWeight
+
+Constant = torch.Tensor | PackedWeight | RoundedWeight
 
 FORMAT = "sparse_engine.spx"
-VERSION = 1
+VERSION = 2
+"""The newest format that is read; version 1 has no rounded weights, and files without any are written as such."""
 REQUIRES = "sparse_engine >= 0.1.0"
 """The first release that reads files of `VERSION`; a file carries it so that an older reader can say what it needs."""
 
@@ -51,7 +55,7 @@ class SpxContents:
     """
 
     graph: dict[str, Any]
-    constants: dict[str, torch.Tensor | PackedWeight]
+    constants: dict[str, Constant]
     attributes: dict[str, Any]
     version: int
     producer: str
@@ -64,7 +68,7 @@ class SpxContents:
         """
         found = {}
         for name, constant in self.constants.items():
-            if isinstance(constant, PackedWeight):
+            if not isinstance(constant, torch.Tensor):
                 constant.csr()
                 constant = torch.empty(constant.shape, dtype=constant.dtype, device="meta")
             found[name] = constant
@@ -73,7 +77,7 @@ class SpxContents:
     def dense(self) -> dict[str, torch.Tensor]:
         """Every constant as a dense tensor; those that were never packed stay mapped from the file."""
         return {
-            name: constant.to_dense() if isinstance(constant, PackedWeight) else constant
+            name: constant if isinstance(constant, torch.Tensor) else constant.to_dense()
             for name, constant in self.constants.items()
         }
 
@@ -98,7 +102,7 @@ class _Draft:
 def write_spx(
     path: str | os.PathLike[str],
     graph: Mapping[str, Any],
-    constants: Mapping[str, torch.Tensor | PackedWeight],
+    constants: Mapping[str, Constant],
     *,
     attributes: Mapping[str, Any] | None = None,
     pack: bool = True,
@@ -145,7 +149,8 @@ def write_spx(
     )
     # What is written must be readable: the reader's own rules on nesting, numbers and texts apply here too.
     strict_json.parse(document.encode("utf-8"), "graph")
-    metadata = {"format": FORMAT, "version": str(VERSION), "requires": REQUIRES, "document": document}
+    version = 2 if any("rounded" in entry for entry in draft.table.values()) else 1
+    metadata = {"format": FORMAT, "version": str(version), "requires": REQUIRES, "document": document}
     metadata["crc32"] = _checksum(metadata)
     file_bytes = write_container(path, draft.tensors, metadata)
     return SpxSizes(
@@ -201,8 +206,8 @@ def is_spx(path: str | os.PathLike[str]) -> bool:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def _pack(constant: torch.Tensor | PackedWeight) -> torch.Tensor | PackedWeight:
-    if isinstance(constant, PackedWeight) or constant.dtype not in _PACKABLE:
+def _pack(constant: Constant) -> Constant:
+    if not isinstance(constant, torch.Tensor) or constant.dtype not in _PACKABLE:
         return constant
     if constant.dim() < 2 or constant.dim() > 8 or not 0 < constant.numel() < 2**31:
         return constant
@@ -217,29 +222,31 @@ def _pack(constant: torch.Tensor | PackedWeight) -> torch.Tensor | PackedWeight:
     return packed if packed.nbytes < packed.dense_nbytes else constant
 
 
-def _keep_readable(constants: dict[str, torch.Tensor | PackedWeight]) -> None:
+def _keep_readable(constants: dict[str, Constant]) -> None:
     """Store the emptiest weights densely where the reader's bound on unpacked bytes would otherwise refuse the file."""
 
     def stored() -> int:
         return sum(_stored_bytes(constant) for constant in constants.values())
 
     def unpacked() -> int:
-        return sum(_dense_bytes(constant) for constant in constants.values() if isinstance(constant, PackedWeight))
+        return sum(_dense_bytes(constant) for constant in constants.values() if not isinstance(constant, torch.Tensor))
 
     while unpacked() > _DENSE_BYTES_BASE + _DENSE_BYTES_PER_FILE_BYTE * stored():
-        packed = {name: constant for name, constant in constants.items() if isinstance(constant, PackedWeight)}
+        packed = {name: item for name, item in constants.items() if not isinstance(item, torch.Tensor)}
         emptiest = max(packed, key=lambda name: _dense_bytes(packed[name]) / (_stored_bytes(packed[name]) + 1))
         constants[emptiest] = packed[emptiest].to_dense()
 
 
-def _lay_out(constants: Mapping[str, torch.Tensor | PackedWeight]) -> _Draft:
+def _lay_out(constants: Mapping[str, Constant]) -> _Draft:
     draft = _Draft()
     stored: dict[tuple[Any, ...], str] = {}
     for name, constant in constants.items():
-        if isinstance(constant, PackedWeight):
+        if not isinstance(constant, torch.Tensor):
             tensors, meta = constant.state()
             names = {role: _free_name(f"{name}/{role}", constants, draft.tensors) for role in tensors}
             draft.table[name] = {"packed": meta, "tensors": names}
+            if isinstance(constant, RoundedWeight):
+                draft.table[name]["rounded"] = constant.precision
             draft.tensors.update({names[role]: tensor for role, tensor in tensors.items()})
             continue
         # A weight that two layers share is stored once.
@@ -258,12 +265,14 @@ def _free_name(stem: str, *taken: Mapping[str, Any]) -> str:
     return name
 
 
-def _dense_bytes(constant: torch.Tensor | PackedWeight) -> int:
-    return constant.dense_nbytes if isinstance(constant, PackedWeight) else constant.numel() * constant.dtype.itemsize
+def _dense_bytes(constant: Constant) -> int:
+    if isinstance(constant, torch.Tensor):
+        return constant.numel() * constant.dtype.itemsize
+    return constant.dense_nbytes
 
 
-def _stored_bytes(constant: torch.Tensor | PackedWeight) -> int:
-    return constant.nbytes if isinstance(constant, PackedWeight) else _dense_bytes(constant)
+def _stored_bytes(constant: Constant) -> int:
+    return _dense_bytes(constant) if isinstance(constant, torch.Tensor) else constant.nbytes
 
 
 def _checksum(metadata: Mapping[str, str]) -> str:
@@ -346,8 +355,8 @@ def _check_tensor_table(container: Container, table: dict[str, Any], verify: boo
             )
 
 
-def _read_constants(container: Container, table: dict[str, Any]) -> dict[str, torch.Tensor | PackedWeight]:
-    constants: dict[str, torch.Tensor | PackedWeight] = {}
+def _read_constants(container: Container, table: dict[str, Any]) -> dict[str, Constant]:
+    constants: dict[str, Constant] = {}
     used: set[str] = set()
     for name, fields in table.items():
         where = f"{container.path}: constant {name[:80]!r}"
@@ -357,8 +366,11 @@ def _read_constants(container: Container, table: dict[str, Any]) -> dict[str, to
             constants[name] = container.tensor(fields["tensor"])
             continue
         try:
-            constants[name] = PackedWeight.from_state(
-                {role: container.tensor(tensor) for role, tensor in tensors.items()}, fields["packed"]
+            found = {role: container.tensor(tensor) for role, tensor in tensors.items()}
+            constants[name] = (
+                RoundedWeight.from_state(found, fields["packed"], fields["rounded"])
+                if "rounded" in fields
+                else PackedWeight.from_state(found, fields["packed"])
             )
         except FileFormatError as error:
             raise FileFormatError(f"{where}: {error}") from None
@@ -374,7 +386,7 @@ def _named_tensors(container: Container, fields: Any, where: str) -> dict[str, s
     """Role -> tensor name of one constant, after checking that the tensors are there."""
     if isinstance(fields, dict) and set(fields) == {"tensor"}:
         tensors = {"values": fields["tensor"]}
-    elif isinstance(fields, dict) and set(fields) == {"packed", "tensors"}:
+    elif isinstance(fields, dict) and set(fields) - {"rounded"} == {"packed", "tensors"}:
         tensors = fields["tensors"]
         if not isinstance(fields["packed"], dict):
             raise FileFormatError(f"{where}: packed must be an object")
@@ -408,7 +420,8 @@ def _check_dense_bytes(container: Container, table: dict[str, Any]) -> None:
             raise FileFormatError(f"{where}: has no values")
         values = container.entries[tensors["values"]]
         # An empty dimension makes the product zero while index lists over the others could still be long.
-        claimed += math.prod(max(size, 1) for size in shape) * values.dtype.itemsize
+        size_of_each = 4 if "rounded" in fields else values.dtype.itemsize
+        claimed += math.prod(max(size, 1) for size in shape) * size_of_each
         if claimed > allowed:
             raise FileFormatError(
                 f"{where}: shape {shape} brings the unpacked weights to {claimed} bytes; "

@@ -19,13 +19,11 @@ from sparse_engine.errors import ShapeError, SparseEngineError
 from sparse_engine.ops import native, registry
 from sparse_engine.ops.pattern import cached
 from sparse_engine.packed import PackedWeight
+from sparse_engine.rounded import PRECISIONS, round_weight
 
 __all__ = ["PRECISIONS", "LowPrecisionWeight", "explain_low_precision_linear", "low_precision_linear"]
 
 _library = torch.library.Library("sparse_engine", "FRAGMENT")
-
-PRECISIONS = {"bf16": torch.bfloat16, "int8": torch.int8}
-_LEVELS = 127
 
 # Stored bytes per kept weight of the sparse layout over those of the dense one at most; a dense row is read with less
 # arithmetic for each byte.
@@ -94,18 +92,7 @@ class LowPrecisionWeight:
         if kept.shape != weight.shape:
             raise ShapeError(f"mask of shape {tuple(kept.shape)} for a weight of {tuple(weight.shape)}")
         weight = weight.where(kept, 0.0)
-        scales = None
-        if precision == "int8":
-            if not bool(weight.isfinite().all()):
-                count = int((~weight.isfinite()).sum())
-                raise SparseEngineError(f"int8 cannot hold the {count} infinities or NaNs of the weight; use bf16")
-            largest = weight.abs().amax(1) if weight.shape[1] else weight.new_zeros(weight.shape[0])
-            scales = (largest / _LEVELS).where(largest > 0, 1.0)
-            # The smallest numbers have no quotient: their row is zero.
-            scales = scales.where(scales > 0, 1.0)
-            rounded = (weight / scales[:, None]).round().clamp(-_LEVELS, _LEVELS).to(torch.int8)
-        else:
-            rounded = weight.to(torch.bfloat16)
+        rounded, scales = round_weight(weight, precision)
         count, size = int(kept.sum()), rounded.element_size()
         if sparse is None:
             # About two and a half places per kept weight, each with a value and a byte for its column.
@@ -290,6 +277,13 @@ def layer_of(weight: LowPrecisionWeight) -> Any:
     return _layer(weight.values, weight.scales, weight.row_ptr, weight.cols, *weight.shape)
 
 
+def looks_up_bytes(precision: str) -> bool:
+    """Whether the kernels have instructions for tables of 255 columns, which read less than those of 31."""
+    info = native.extension().cpu_info()
+    needed = {"avx512_vbmi", "avx512_vnni" if precision == "int8" else "avx512_bf16"}
+    return info["isa"] == "avx512" and needed <= set(info["features"])
+
+
 def _layer(values, scales, row_ptr, cols, out_features, in_features):
     """The C++ object of a weight, built the first time; forgotten with the tensors."""
 
@@ -297,7 +291,8 @@ def _layer(values, scales, row_ptr, cols, out_features, in_features):
         bits = values.view(torch.int16).numpy().view(numpy.uint16) if scales is None else values.numpy()
         pattern = (None, None) if cols is None else (row_ptr.numpy(), cols.numpy())
         scale = None if scales is None else scales.numpy()
-        return native.extension().VectorLinear(*pattern, bits, scale, out_features, in_features)
+        small = cols is not None and looks_up_bytes("bf16" if scales is None else "int8")
+        return native.extension().VectorLinear(*pattern, bits, scale, out_features, in_features, small)
 
     second = values if cols is None else cols
     scaled = None if scales is None else (scales.data_ptr(), scales._version)

@@ -258,7 +258,7 @@ DAMAGES = [
     # the metadata
     Damage("another format", _metadata("format", "pt"), "not a .spx file"),
     Damage("no metadata", lambda content: raw(split(content).header, split(content).data), "not a .spx file"),
-    Damage("version 2", _metadata("version", "2"), "format version 2 needs sparse_engine"),
+    Damage("version 3", _metadata("version", "3"), "format version 3 needs sparse_engine"),
     Damage("version 0", _metadata("version", "0"), "not a positive number"),
     Damage("version of words", _metadata("version", "one"), "not a positive number"),
     Damage("version in Arabic digits", _metadata("version", "١"), "not a positive number"),
