@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy
+import torch
 from torch import Tensor
 
 from sparse_engine import _C
@@ -16,6 +19,7 @@ from sparse_engine.convert.lower import (
     DENSE_PANEL,
     LANES,
     PANEL_VECTORS,
+    ROUNDED_KERNELS,
     LinearChoice,
     LinearProblem,
     _Lowering,
@@ -25,8 +29,11 @@ from sparse_engine.convert.lower import (
     default_row_block,
     make_weight,
     panel_entries,
+    rounded_kernels,
 )
 from sparse_engine.convert.parts import part_problems
+from sparse_engine.errors import SparseEngineError
+from sparse_engine.rounded import RoundedWeight
 
 _ROUNDS = 7  # interleaved timings of each candidate
 _TARGET_SECONDS = 0.004  # of one timing: long enough for the clock, short enough for a hundred layers
@@ -37,11 +44,17 @@ _TILES = {
     4: ((6, 128), (6, 256), (4, 192)),
     8: ((2, 256), (3, 256)),
 }
+_WORTH_ROUNDING = 1.05  # a rounded weight that is not this much faster stays as it is
 _WORTH_TIMING = 1.5  # candidates that the cost model puts this far behind the best one are not timed
 
 
 def choose(
-    graph: Graph, examples: Sequence[Tensor], *, tune: bool = True, threads: int | None = None
+    graph: Graph,
+    examples: Sequence[Tensor],
+    *,
+    tune: bool = True,
+    threads: int | None = None,
+    precision: str = "fp32",
 ) -> dict[str, dict[str, Any]]:
     """Choose a kernel for each conv2d and linear node.
 
@@ -55,10 +68,11 @@ def choose(
         examples: one tensor per graph input; their batch size is the one that is tuned for.
         tune: time the candidates; otherwise the cost model alone decides.
         threads: for the kernels; None uses all cores.
+        precision: "bf16" or "int8": weights of linear layers may be rounded to it where that is faster.
 
     Returns:
         By node name: ``kernel`` (text), ``choice`` (a `LinearChoice` as JSON), ``ms`` and ``dense_ms`` (None without
-        timing), ``reason``, ``pixels``. Plain JSON.
+        timing), ``reason``, ``pixels``; and ``precision`` where a rounded weight is faster. Plain JSON.
     """
     batch = graph.batch_of([tuple(tensor.shape) for tensor in examples])
     threads = threads or _C.get_num_threads()
@@ -69,6 +83,7 @@ def choose(
     lowering.emit_steps()
     residuals = {node.name for node in graph.nodes if node.op in ("conv2d", "linear") and len(node.inputs) == 2}
     bands = part_problems(graph, threads) if batch == 1 and threads > 1 else {}
+    may_round = _may_round(graph, precision)
     known: dict[Any, dict[str, Any]] = {}
     found: dict[str, dict[str, Any]] = {}
     for name, whole in lowering.problems.items():
@@ -77,9 +92,62 @@ def choose(
         key = _signature(problem, name in residuals)
         if key not in known:
             known[key] = _tuned(problem, name in residuals, cores) if tune else _guessed(problem, cores)
+        if name in may_round and problem.vector:
+            exact, key = known[key], (key, precision)
+            if key not in known:
+                known[key] = _rounded(problem, name in residuals, cores, precision, exact, tune)
         problem.forget()
         found[name] = dict(known[key], pixels=problem.pixels)
     return found
+
+
+def _may_round(graph: Graph, precision: str) -> set[str]:
+    """Linear layers whose weight may be rounded: nobody else uses it."""
+    if precision == "fp32":
+        return set()
+    uses = Counter(name for node in graph.nodes for name in node.params.values())
+    return {node.name for node in graph.nodes if node.op == "linear" and uses[node.params["weight"]] == 1}
+
+
+def _rounded(
+    problem: LinearProblem, residual: bool, threads: int, precision: str, exact: dict[str, Any], tune: bool
+) -> dict[str, Any]:
+    """The choice for one vector where the weight may be rounded; the exact one where that is not faster."""
+    try:
+        weight = RoundedWeight.from_dense(torch.from_numpy(problem.weight), precision)
+    except SparseEngineError as error:
+        return dict(exact, reason=f"{exact['reason']}; {error}")
+    kernels = rounded_kernels(weight)
+    rounded = replace(problem, rounded=weight)
+    if not tune:
+        # Faster where the weight comes from memory; a small one comes from the cache and is bound by the arithmetic.
+        large = make_weight(problem, LinearChoice("vector")).nbytes > _cache_bytes()
+        if not large:
+            return exact
+        choice = LinearChoice(kernels[0])
+        return dict(exact, kernel=describe(choice, precision), choice=choice.to_json(), precision=precision)
+    options = [LinearChoice.from_json(exact["choice"])] + [LinearChoice(kernel) for kernel in kernels]
+    seconds = _time_interleaved([_bench_plan(rounded, choice, residual) for choice in options], threads)
+    best = min(range(len(options)), key=seconds.__getitem__)
+    faster = seconds[0] / seconds[best]
+    # What rounding costs in accuracy is not given away for the noise of a timing.
+    if best == 0 or faster < _WORTH_ROUNDING:
+        quickest = min(seconds[1:])
+        reason = f"{exact['reason']}; {precision} takes {quickest / seconds[0]:.2f}x as long"
+        return dict(exact, ms=seconds[0] * 1e3, reason=reason)
+    return dict(
+        exact,
+        kernel=describe(options[best], precision),
+        choice=options[best].to_json(),
+        ms=seconds[best] * 1e3,
+        reason=f"{faster:.1f}x the float32 kernel; bound by reading the weight once",
+        precision=precision,
+    )
+
+
+def _cache_bytes() -> int:
+    """Bytes of the cache from which a weight costs no more to read than to multiply."""
+    return int(_C.cpu_info()["l2"])
 
 
 def _signature(problem: LinearProblem, residual: bool) -> Any:
@@ -127,8 +195,10 @@ def _costs() -> dict[int, float]:
     return _PANEL_COST
 
 
-def describe(choice: LinearChoice) -> str:
+def describe(choice: LinearChoice, precision: str = "fp32") -> str:
     """A kernel choice in words: ``sparse 1x4 rows``, ``dense``, …"""
+    if choice.kernel in ROUNDED_KERNELS:
+        return f"vector, {precision} {'rows' if choice.kernel == 'rows' else 'lookups'}"
     if choice.kernel == "sparse":
         return "sparse" if choice.panel == 1 else f"sparse, {choice.panel}-row panels"
     return choice.kernel

@@ -22,15 +22,20 @@ import torch
 from torch import Tensor
 
 from sparse_engine import _C
-from sparse_engine.convert.constants import constant_csr, constant_shape
+from sparse_engine.convert.constants import constant_csr, constant_rounded, constant_shape
 from sparse_engine.convert.graph import Dim, Graph, Node, shape_at, shape_from_json
 from sparse_engine.convert.independence import samples_are_independent
 from sparse_engine.errors import ConvertError
+from sparse_engine.ops.low_precision import looks_up_bytes
+from sparse_engine.rounded import RoundedWeight
 
 LANES = _C.cpu_info()["lanes"]
 _ALIGN = 16  # floats: storages start on cache lines
 _NO_ACTIVATION = ("none", 0.0, 0.0)
 _CONSTANT_STORAGE = "constants"
+# Of one vector by a rounded weight: all rows, entries looked up in tables of 31 columns, or of 255.
+ROUNDED_KERNELS = ("rows", "lookup", "bytes")
+_VECTOR_KERNELS = ("vector", *ROUNDED_KERNELS)
 
 
 def compile(graph: Graph, batch: int, threads: int | None = None, choices: Any = None) -> NativePlan:
@@ -164,7 +169,8 @@ class LinearChoice:
 
     Args:
         kernel: "sparse" (panel kernel over kept entries), "dense" (panel kernel over all), "winograd" (over all, with
-        half the multiplications), "depthwise" or "vector" (one pixel; dense or sparse rows).
+        half the multiplications), "depthwise", "vector" (one pixel; dense or sparse rows), or for one pixel and a
+        rounded weight "rows", "lookup" or "bytes".
         panel: rows that share a load of the input.
         part: columns worked on at a time, at most 256.
         row_block: rows per work item, 0 for all.
@@ -187,7 +193,7 @@ class LinearChoice:
         if (
             not isinstance(data, Mapping)
             or data.keys() != {"kernel", *ranges}
-            or data["kernel"] not in ("sparse", "dense", "winograd", "depthwise", "vector")
+            or data["kernel"] not in ("sparse", "dense", "winograd", "depthwise", *_VECTOR_KERNELS)
         ):
             raise ConvertError(f"a kernel choice has a kernel, {', '.join(ranges)}; got {data!r:.120}")
         for key, (low, high) in ranges.items():
@@ -210,6 +216,7 @@ class LinearProblem:
     pixels: int
 
     rows_of_weight: Callable[[], tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]] | None = None
+    rounded: RoundedWeight | None = None  # the weight where it is kept in another precision
     _weight: numpy.ndarray | None = None
     _entries: dict[int, int] = field(default_factory=dict)
 
@@ -309,7 +316,7 @@ def default_choice(problem: LinearProblem, threads: int = 0) -> LinearChoice:
     if problem.depthwise:
         return LinearChoice("depthwise")
     if problem.vector:
-        return LinearChoice("vector")
+        return LinearChoice("vector" if problem.rounded is None else rounded_kernels(problem.rounded)[0])
     costs = {panel: problem.panel_entries(panel) * cost for panel, cost in _PANEL_COST.items()}
     best = min(costs, key=costs.__getitem__)
     dense = problem.groups == 1 and costs[best] >= 0.97 * problem.rows * problem.columns
@@ -320,6 +327,13 @@ def default_choice(problem: LinearProblem, threads: int = 0) -> LinearChoice:
     choice = LinearChoice("dense" if dense else "sparse", panel, 128 if panel == 1 else 256, 0, vectors)
     choice.row_block = default_row_block(problem, choice, threads)
     return choice
+
+
+def rounded_kernels(weight: RoundedWeight) -> list[str]:
+    """What may compute the product of a rounded weight and one vector, the likely fastest first."""
+    if weight.dense:
+        return ["rows"]
+    return ["bytes", "lookup"] if looks_up_bytes(weight.precision) else ["lookup"]
 
 
 def tile_count(pixels: int, vectors: int, threads: int) -> int:
@@ -494,6 +508,14 @@ def make_weight(problem: LinearProblem, choice: LinearChoice) -> Any:
         if problem.nonzeros > 0.5 * problem.rows * problem.columns:
             return _C.Weight.vector(None, None, problem.weight, *shape)
         return _C.Weight.vector(*problem.csr(), *shape)
+    if choice.kernel in ROUNDED_KERNELS:
+        weight = problem.rounded
+        if weight is None:
+            raise ConvertError(f"{problem.name}: the weight is not rounded")
+        scales = None if weight.scales is None else weight.scales.numpy()
+        if choice.kernel == "rows":
+            return _C.Weight.product(None, None, weight.rows(), scales, *shape, False)
+        return _C.Weight.product(*weight.csr(), scales, *shape, choice.kernel == "bytes")
     if choice.kernel == "winograd":
         return _C.Weight.winograd(problem.weight, problem.geometry)
     if choice.kernel == "dense":
@@ -519,7 +541,7 @@ def add_linear(
     activation: tuple[str, float, float],
 ) -> None:
     """Append one linear operator to a `_C.Plan`."""
-    if choice.kernel == "vector":
+    if choice.kernel in _VECTOR_KERNELS:
         plan.vector(problem.name, weight, bias, (x[0], x[1]), out, residual, activation)
         return
     depthwise = choice.kernel == "depthwise"
@@ -641,7 +663,7 @@ class _Lowering:
         graph, name = self.graph, node.params["weight"]
         return LinearProblem(
             node.name, lambda: _array(graph.constants[name].flatten(1)), rows, groups, geometry, pixels,
-            lambda: constant_csr(graph, name)
+            lambda: constant_csr(graph, name), constant_rounded(graph, name)
         )  # fmt: skip
 
     def params(self, node: Node) -> dict[str, Tensor]:
@@ -796,7 +818,7 @@ class _Lowering:
             phases = 0  # it reads the rows as they are
             if x.strides[3] != 1 and x.sizes[3] > 1:
                 x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
-        if choice.kernel == "vector" and x.strides[1] != 1 and problem.channels > 1:
+        if choice.kernel in _VECTOR_KERNELS and x.strides[1] != 1 and problem.channels > 1:
             x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
         key = (node.params["weight"], node.name, choice.kernel, choice.panel, choice.part, choice.row_block)
         problem.forget()
@@ -1214,7 +1236,8 @@ def _lookup(choices: Any, problem: LinearProblem, threads: int) -> LinearChoice 
     choice = LinearChoice.from_json(entry["choice"])
     # A choice made at another batch size may not exist at this one.
     if (
-        (choice.kernel == "vector") != problem.vector
+        (choice.kernel in _VECTOR_KERNELS) != problem.vector
+        or (choice.kernel in ROUNDED_KERNELS and problem.rounded is None)
         or (choice.kernel == "depthwise") != problem.depthwise
         or (choice.kernel == "dense" and problem.groups != 1)
         or (choice.kernel == "winograd" and not problem.winograd)
