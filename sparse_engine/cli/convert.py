@@ -52,7 +52,13 @@ def convert(
         bool, typer.Option(help="Time the candidate kernels of each layer; otherwise a cost model chooses.")
     ] = True,
     verify: Annotated[bool, typer.Option(help="Compare the outputs with the model's before writing anything.")] = True,
-    bound: Annotated[float, typer.Option(help="Largest accepted error, as a share of the output's scale.")] = 1e-4,
+    precision: Annotated[
+        str, typer.Option(help="fp32, bf16 or int8: of linear layers' weights, where that is faster at this batch.")
+    ] = "fp32",
+    bound: Annotated[
+        float | None,
+        typer.Option(help="Largest accepted error, as a share of the output's scale; 1e-4, bf16 2e-2, int8 5e-2."),
+    ] = None,
     allow_dense: Annotated[
         bool, typer.Option("--allow-dense", help="Convert although next to nothing is pruned.")
     ] = False,
@@ -72,7 +78,14 @@ def convert(
         if not allow_dense:
             refuse_dense(network, checkpoint)
         executable = se.convert(
-            network, tuple(examples), threads=threads, tune=tune, verify=verify, bound=bound, progress=step
+            network,
+            tuple(examples),
+            precision=precision,
+            threads=threads,
+            tune=tune,
+            verify=verify,
+            bound=bound,
+            progress=step,
         )
         step("writing the file")
         sizes = executable.save(target)

@@ -25,10 +25,13 @@ from sparse_engine.convert.passes import optimise
 from sparse_engine.convert.report import LayerReport, Report
 from sparse_engine.errors import ConvertError, VerificationError
 from sparse_engine.packed import PackedWeight
+from sparse_engine.rounded import RoundedWeight
 
 Progress = Callable[[str], None]
 
-_DEFAULT_BOUND = 1e-4
+# By precision of the weights, of the outputs' scale. A rounded weight is off by at most 2^-9 (bf16) or by half a level
+# of 127 (int8: about 1 % of a usual weight); over the terms of a sum and the layers of a model such errors average out.
+_BOUNDS = {"fp32": 1e-4, "bf16": 2e-2, "int8": 5e-2}
 
 
 def convert(
@@ -37,10 +40,11 @@ def convert(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    precision: str = "fp32",
     threads: int | None = None,
     tune: bool = True,
     verify: bool = True,
-    bound: float = _DEFAULT_BOUND,
+    bound: float | None = None,
     weights: Weights | None = None,
     progress: Progress | None = None,
 ) -> Executable:
@@ -65,10 +69,14 @@ def convert(
         device: "cpu", or "cuda" for a `sparse_engine.convert.cuda.CudaExecutable` (compiled and interpreted in the
             tests, not yet run on a GPU).
         dtype: torch.float32; a model in another floating dtype is converted to it. On a GPU also float16 and bfloat16.
+        precision: "fp32", or "bf16" or "int8" for the weights of linear layers that read one vector (batch 1): where
+            that is faster they are rounded, and stored so; x, sums and outputs stay in float32. The report says which.
         threads: of the executable's kernels; None uses all cores.
         tune: time the candidate kernels of each layer; otherwise a cost model chooses.
         verify: run model and executable on the example inputs and compare.
-        bound: the largest accepted difference, relative to the largest magnitude of each output.
+        bound: the largest accepted difference, relative to the largest magnitude of each output; None: 1e-4, with
+            bf16 2e-2, with int8 5e-2. With rounded weights the executable is also held to 1e-4 of its own graph, run by
+            PyTorch with the same rounded weights.
         weights: a checkpoint (file name or state dict) to load into the copy first.
         progress: called with the name of each step as it begins.
 
@@ -83,10 +91,14 @@ def convert(
     if _device_type(device) == "cuda":
         from sparse_engine.convert.cuda import convert_cuda
 
-        limit = None if bound == _DEFAULT_BOUND else bound
+        if precision != "fp32":
+            raise ConvertError(f"precision={precision!r} is for the CPU; on a GPU pass dtype=torch.bfloat16")
         return convert_cuda(  # type: ignore[return-value]
-            model, example_inputs, device=device, dtype=dtype, tune=tune, verify=verify, bound=limit, weights=weights
+            model, example_inputs, device=device, dtype=dtype, tune=tune, verify=verify, bound=bound, weights=weights
         )
+    if precision not in _BOUNDS:
+        raise ConvertError(f"precision must be one of {', '.join(_BOUNDS)}, not {precision!r:.40}")
+    bound = _BOUNDS[precision] if bound is None else bound
     _check_arguments(device, dtype, threads, bound)
     step = progress if progress is not None else (lambda name: None)
     step("preparing the model")
@@ -102,7 +114,8 @@ def convert(
     _own_constants(graph, plain)
     release_memory()
     step("choosing kernels")
-    choices = _choose(graph, examples, tune, threads)
+    choices = _choose(graph, examples, tune, threads, precision)
+    rounded = _round_weights(graph, choices or {})
     release_memory()
     executable = Executable(
         graph, choices=choices, threads=threads, spec=captured.spec, model=model if weights is None else None
@@ -114,11 +127,16 @@ def convert(
     if verify:
         step("verifying the outputs")
         error = _verify(plain, executable, examples, bound)
+        if rounded:  # the bound above would hide a wrong kernel
+            _compare(lambda *inputs: graph.run(list(inputs)), executable, examples, _BOUNDS["fp32"], "on its own graph")
     bytes_before = _bytes([*plain.parameters(), *plain.buffers()])
     del plain
     release_memory()
     step("writing the report")
     executable._report = _report(captured, executable, examples, counts, bytes_before, bytes_after, zeros, error, bound)
+    if precision != "fp32":
+        executable._report.precision = precision
+        executable._report.notes.append(_about_precision(graph, precision, rounded))
     return executable
 
 
@@ -177,12 +195,35 @@ def _libc() -> Any:
         return None
 
 
-def _choose(graph: Graph, examples: tuple[Tensor, ...], tune: bool, threads: int | None) -> dict[str, Any] | None:
+def _round_weights(graph: Graph, choices: Mapping[str, Mapping[str, Any]]) -> int:
+    """Round the weights of the layers for which that was chosen; how many."""
+    chosen = [node for node in graph.nodes if "precision" in choices.get(node.name, {})]
+    for node in chosen:
+        name = node.params["weight"]
+        assert isinstance(graph.constants, PackedConstants)
+        rounded = RoundedWeight.from_dense(graph.constants[name], choices[node.name]["precision"])
+        graph.constants.stored[name] = rounded
+    return len(chosen)
+
+
+def _about_precision(graph: Graph, precision: str, rounded: int) -> str:
+    linear = sum(node.op == "linear" for node in graph.nodes)
+    if rounded == linear:
+        return f"the weights of all {linear} linear layers are kept in {precision}"
+    return (
+        f"the weights of {rounded} of {linear} linear layers are kept in {precision}; the others stay in float32, "
+        "where they are as fast"
+    )
+
+
+def _choose(
+    graph: Graph, examples: tuple[Tensor, ...], tune: bool, threads: int | None, precision: str
+) -> dict[str, Any] | None:
     try:
         choose = importlib.import_module("sparse_engine.convert.choose").choose
     except ImportError:
         return None  # without the native runtime there is nothing to choose from; the report says so
-    return choose(graph, examples, tune=tune, threads=threads)
+    return choose(graph, examples, tune=tune, threads=threads, precision=precision)
 
 
 # ---- verification
@@ -217,7 +258,9 @@ def _verify(model: nn.Module, executable: Executable, examples: tuple[Tensor, ..
     return error
 
 
-def _compare(model: nn.Module, executable: Executable, inputs: tuple[Tensor, ...], bound: float, where: str) -> float:
+def _compare(
+    model: Callable[..., Any], executable: Executable, inputs: tuple[Tensor, ...], bound: float, where: str
+) -> float:
     with torch.no_grad():
         expected = _tensors(model(*[tensor.clone() for tensor in inputs]))
         found = _tensors(executable(*inputs))

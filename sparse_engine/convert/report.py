@@ -62,6 +62,7 @@ class Report:
         threads: the number of threads of the kernels; None for all cores.
         native: False where the native runtime is not there and the PyTorch reference runs instead.
         removed_channels: output channels that were constant and are gone.
+        precision: that was asked for: "fp32", "bf16" or "int8".
         notes: sentences for the user, the most important first.
     """
 
@@ -78,6 +79,7 @@ class Report:
     threads: int | None
     native: bool
     removed_channels: int = 0
+    precision: str = "fp32"
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
