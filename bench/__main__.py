@@ -26,6 +26,7 @@ def main() -> int:
         "memory": ["bench.runtime", "memory"],
         "threads": ["bench.runtime", *quick, "threads"],
         "layers": ["bench.kernels", *quick, "layers"],
+        "precision": ["bench.kernels", *quick, "precision"],
         "structured": ["bench.structured", *quick],
         "losses": ["bench.training", *quick, "losses"],
         "training": ["bench.training", *quick, "steps"],

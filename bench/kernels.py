@@ -1,11 +1,15 @@
 """Single layers beside the best dense library and torch's CSR product, over shapes, sparsities and structures.
 
+    python -m bench.kernels                   all of it, in about eight minutes
     python -m bench.kernels layers            the sweep; --only resnet50 limits it, rows of the others stay
     python -m bench.kernels dlmc              the magnitude-pruned matrices in $SPARSE_ENGINE_DATA/dlmc
+    python -m bench.kernels precision         bf16 and int8 weights at batch 1 (bench/precision.py); --only mlp
     python -m bench.kernels --quick layers    fewer shapes and sparsities, shorter; --full: more
     python -m bench.kernels --resume          goes on where an interrupted run of the same command stopped
+    python -m bench.kernels --budget 55 --resume layers      stops after 55 seconds, to go on in another call
 
-Write bench/results/layers.json, layers_break_even.json and dlmc.json, and the plot docs/layers.svg.
+Write bench/results/layers.json, layers_break_even.json, layers_summary.json, dlmc.json, dlmc_summary.json and
+precision.json, and the plot docs/layers.svg.
 """
 
 from __future__ import annotations
@@ -27,13 +31,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import sparse_engine as se
-from bench import results_io
+from bench import precision, results_io
 from bench.networks import magnitude_mask
 from bench.peak import peak_gflops, peak_source
 from bench.rows import Unfinished, merged
 
 PLOT = results_io.RESULTS.parent.parent / "docs" / "layers.svg"
 PAIRS = {"2:4": (2, 4), "1:4": (1, 4), "1:8": (1, 8), "1:16": (1, 16)}
+CLOSE = 1e-4  # of the output's scale: a layer that is off by more is not timed
 BLOCKS = {"4x1": (4, 1), "16x1": (16, 1), "1x4": (1, 4)}
 
 
@@ -98,7 +103,7 @@ QUICK_LAYERS = ("resnet50 layer3 3x3", "resnet50 layer3 1x1", "linear 1024", "on
 # By how long the sweep may take: sparsities of unstructured patterns, of blocks, and how many of the N:M patterns.
 GRIDS = {
     "quick": ((0.5, 0.7, 0.9, 0.95), (0.5, 0.9), 1),
-    "usual": ((0.5, 0.65, 0.8, 0.9, 0.95, 0.99), (0.3, 0.5, 0.9), 2),
+    "usual": ((0.5, 0.65, 0.8, 0.9, 0.95, 0.99), (0.3, 0.5, 0.9), 1),
     "full": ((0.4, 0.5, 0.6, 0.65, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99), (0.15, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95), 4),
 }
 
@@ -108,7 +113,8 @@ def patterns(grid: str) -> Iterable[tuple[str, float]]:
     unstructured, blocked, pairs = GRIDS[grid]
     yield from (("unstructured", sparsity) for sparsity in unstructured)
     for block in BLOCKS:
-        yield from ((block, sparsity) for sparsity in blocked)
+        # 1x4 gains nothing over single weights: one point says so.
+        yield from ((block, sparsity) for sparsity in (blocked if block != "1x4" or grid == "full" else blocked[-1:]))
     yield from ((pair, 1 - n / m) for pair, (n, m) in list(PAIRS.items())[:pairs])
 
 
@@ -123,18 +129,24 @@ def mask_of(weight: Tensor, structure: str, sparsity: float) -> Tensor:
     return magnitude_mask(weight, sparsity, BLOCKS.get(structure, (1, 1)))
 
 
-def ours(layer: Layer, weight: Tensor, x: Tensor, threads: int) -> tuple[Callable[[], Any], str]:
-    """A call of our layer and the kernel behind it: a sparse linear layer, or an executable of the one convolution."""
+def ours(layer: Layer, weight: Tensor, x: Tensor, threads: int) -> tuple[dict[str, Callable[[], Any]], str]:
+    """Our calls and the kernel that was chosen: an executable of the one layer, and `SparseLinear` where it is one."""
     if layer.kernel == 0:
-        dense = nn.Linear(layer.inputs, layer.outputs)
-        dense.weight.data.copy_(weight)
-        sparse = se.nn.SparseLinear.from_dense(dense)
-        return lambda: sparse(x), "SparseLinear"
-    convolution = nn.Conv2d(layer.inputs, layer.outputs, layer.kernel, padding=layer.kernel // 2)
-    convolution.weight.data.copy_(weight)
-    executable = se.convert(convolution, (x,), threads=threads)
+        dense: nn.Module = nn.Linear(layer.inputs, layer.outputs)
+    else:
+        dense = nn.Conv2d(layer.inputs, layer.outputs, layer.kernel, padding=layer.kernel // 2)
+    dense.weight.data.copy_(weight)
+    executable = se.convert(dense, (x,), threads=threads, verify=False)  # checked here, at one batch size
+    expected = dense(x)
+    error = float((executable(x) - expected).abs().max() / expected.abs().max())
+    if not error < CLOSE:
+        raise AssertionError(f"{layer.name}: the executable is off by {error:.1e} of the output's scale")
     kernel = next(entry.kernel for entry in executable.report.layers if entry.op in ("conv2d", "linear"))
-    return lambda: executable(x), kernel
+    calls: dict[str, Callable[[], Any]] = {"ours": lambda: executable(x)}
+    if isinstance(dense, nn.Linear):
+        sparse = se.nn.SparseLinear.from_dense(dense)
+        calls["SparseLinear"] = lambda: sparse(x)
+    return calls, kernel
 
 
 def rivals(layer: Layer, weight: Tensor, x: Tensor) -> dict[str, Callable[[], Any]]:
@@ -190,9 +202,9 @@ def _timed(call: Callable[[], Any]) -> float:
 def measure_layer(layer: Layer, structure: str, sparsity: float, threads: int, seconds: float) -> dict[str, Any]:
     weight, x = layer.weight(), layer.input()
     weight *= mask_of(weight, structure, sparsity)
-    call, kernel = ours(layer, weight, x, threads)
-    ms = burst_medians({"ours": call} | rivals(layer, weight, x), seconds=seconds)
-    dense = {name: value for name, value in ms.items() if name not in ("ours", "torch csr")}
+    calls, kernel = ours(layer, weight, x, threads)
+    ms = burst_medians(calls | rivals(layer, weight, x), seconds=seconds)
+    dense = {name: value for name, value in ms.items() if name not in ("ours", "SparseLinear", "torch csr")}
     best = min(dense, key=dense.__getitem__)
     rows, depth, columns = layer.product
     gflop, peak = 2 * rows * depth * columns / 1e9, peak_gflops(threads)
@@ -209,6 +221,7 @@ def measure_layer(layer: Layer, structure: str, sparsity: float, threads: int, s
         "dense_ms": dense[best],
         "dense_library": best,
         "csr_ms": ms.get("torch csr"),
+        "sparse_linear_ms": ms.get("SparseLinear"),
         "speed_up_over_dense": dense[best] / ms["ours"],
         "speed_up_over_csr": ms["torch csr"] / ms["ours"] if "torch csr" in ms else None,
         "share_of_peak_%": 100 * kept * gflop / ms["ours"] * 1e3 / peak,
@@ -216,22 +229,45 @@ def measure_layer(layer: Layer, structure: str, sparsity: float, threads: int, s
     }
 
 
-def run_layers(only: str, grid: str, threads: int, resume: bool) -> None:
+class Budget:
+    """Seconds that a run may take.
+
+    Example:
+        >>> Budget(None).spent, Budget(-1.0).spent
+        (False, True)
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self.end = None if seconds is None else time.perf_counter() + seconds
+
+    @property
+    def spent(self) -> bool:
+        """Whether no other point should be begun."""
+        return self.end is not None and time.perf_counter() > self.end
+
+
+def run_layers(only: str, grid: str, threads: int, resume: bool, budget: Budget) -> None:
     quick = grid == "quick"
     unfinished = Unfinished("layers", resume)
+    points = [
+        (layer, structure, sparsity)
+        for layer in LAYERS
+        if only in layer.name and (not quick or layer.name in QUICK_LAYERS)
+        for structure, sparsity in patterns(grid)
+    ]
     rows: list[dict[str, Any]] = []
-    for layer in LAYERS:
-        if only not in layer.name or (quick and layer.name not in QUICK_LAYERS):
-            continue
-        for structure, sparsity in patterns(grid):
-            key = (layer.name, structure, sparsity, quick, threads)
-            measure = functools.partial(measure_layer, layer, structure, sparsity, threads, 0.08 if quick else 0.2)
-            rows.append(unfinished.row(key, measure))
-            print(
-                "{layer:32s} {structure:12s} {sparsity_%:5.1f} % {ms:9.4f} ms, {speed_up_over_dense:5.2f} x dense, "
-                "{share_of_peak_%:4.1f} % of peak".format(**rows[-1]),
-                flush=True,
-            )
+    for layer, structure, sparsity in points:
+        key = (layer.name, structure, sparsity, quick, threads)
+        if budget.spent and not unfinished.has(key):
+            print(f"layers: {len(rows)} of {len(points)} points measured; go on with --resume", flush=True)
+            return
+        measure = functools.partial(measure_layer, layer, structure, sparsity, threads, 0.08 if quick else 0.2)
+        rows.append(unfinished.row(key, measure))
+        print(
+            "{layer:32s} {structure:12s} {sparsity_%:5.1f} % {ms:9.4f} ms, {speed_up_over_dense:5.2f} x dense, "
+            "{share_of_peak_%:4.1f} % of peak".format(**rows[-1]),
+            flush=True,
+        )
     keys = ("layer", "structure", "sparsity_%")
     places = {layer.name: i for i, layer in enumerate(LAYERS)}
     table = sorted(merged("layers", rows, keys), key=lambda row: places.get(row["layer"], len(places)))
@@ -243,12 +279,14 @@ def run_layers(only: str, grid: str, threads: int, resume: bool) -> None:
         claim="Single sparse layers beside the best dense library call for the same product.",
         command="python -m bench.kernels layers",
         notes=machine
-        + " Convolutions: an executable of that one layer, a whole call; linear layers: `SparseLinear` on "
-        "row-major activations. Dense: the faster of oneDNN convolutions (plain and channels-last, and as a 1x1 "
-        "convolution for linear layers) and MKL's product. CSR: torch's, with the activations already transposed.",
+        + " Ours: a whole call of an executable of that one layer, its kernel chosen by timing, with dense among them; "
+        "sparse_linear_ms: the module `SparseLinear`. Dense: the faster of oneDNN convolutions (plain and "
+        "channels-last, and as a 1x1 convolution for linear layers) and MKL's product. CSR: torch's, with the "
+        "activations already transposed.",
     )
     unfinished.finished()
     write_break_even(table)
+    write_layers_summary(table)
     plot_layers(table)
 
 
@@ -291,6 +329,44 @@ def write_break_even(table: Sequence[dict[str, Any]]) -> None:
         command="python -m bench.kernels layers",
         notes="Interpolated between the measured sparsities; a value equal to the lowest measured one means: at the "
         "latest from there on. An executable's layer stays dense where that is faster.",
+    )
+
+
+def write_layers_summary(table: Sequence[dict[str, Any]]) -> None:
+    """Geometric means over the layers with many columns and with one, and the worst point against dense."""
+    rows = []
+    kinds = {"N >= 256": lambda row: row["N"] >= 256, "one row": lambda row: row["N"] == 1, "all": lambda row: True}
+    for kind, belongs in kinds.items():
+        for structure, sparsity in sorted({(row["structure"], round(row["sparsity_%"])) for row in table}):
+            chosen = [
+                row
+                for row in table
+                if belongs(row) and (row["structure"], round(row["sparsity_%"])) == (structure, sparsity)
+            ]
+            if not chosen:
+                continue
+            with_csr = [row["speed_up_over_csr"] for row in chosen if row["speed_up_over_csr"]]
+            worst = min(chosen, key=lambda row: row["speed_up_over_dense"])
+            rows.append(
+                {
+                    "layers": kind,
+                    "structure": structure,
+                    "sparsity_%": sparsity,
+                    "count": len(chosen),
+                    "over_dense": statistics.geometric_mean(row["speed_up_over_dense"] for row in chosen),
+                    "over_csr": statistics.geometric_mean(with_csr) if with_csr else None,
+                    "share_of_peak_%": statistics.geometric_mean(row["share_of_peak_%"] for row in chosen),
+                    "worst_over_dense": worst["speed_up_over_dense"],
+                    "worst_layer": worst["layer"],
+                    "slower_than_dense_by_3_%": sum(row["speed_up_over_dense"] < 1 / 1.03 for row in chosen),
+                }
+            )
+    results_io.write(
+        "layers_summary",
+        rows=rows,
+        claim="Single sparse layers: geometric means of the speed-ups, and the worst layer against dense.",
+        command="python -m bench.kernels layers",
+        notes="Of the rows of layers.json. over_csr: linear layers only, where torch has such a product.",
     )
 
 
@@ -353,7 +429,11 @@ def measure_matrix(path: Path, columns: int, threads: int, seconds: float) -> di
     image = x.reshape(1, depth, 1, columns)
     convolution = nn.Conv2d(depth, rows, 1, bias=False)
     convolution.weight.data.copy_(weight[:, :, None, None])
-    executable = se.convert(convolution, (image,), threads=threads)
+    executable = se.convert(convolution, (image,), threads=threads, verify=False)  # checked here, at one batch size
+    expected = weight @ x
+    error = float((executable(image).reshape(rows, columns) - expected).abs().max() / expected.abs().max())
+    if not error < CLOSE:
+        raise AssertionError(f"{path.stem}: the executable is off by {error:.1e} of the output's scale")
     compressed = weight.to_sparse_csr()
     filters = weight[:, :, None, None]
     calls = {
@@ -382,7 +462,7 @@ def measure_matrix(path: Path, columns: int, threads: int, seconds: float) -> di
     }
 
 
-def run_dlmc(quick: bool, threads: int, resume: bool) -> None:
+def run_dlmc(quick: bool, threads: int, resume: bool, budget: Budget) -> None:
     folder = os.environ.get("SPARSE_ENGINE_DATA")
     place = Path(folder or ".") / "dlmc"
     if not place.is_dir():
@@ -390,10 +470,15 @@ def run_dlmc(quick: bool, threads: int, resume: bool) -> None:
         return
     pixels = dict(line.split(",") for line in (place / "rn50_batchsizes.txt").read_text().split())
     rows, unfinished = [], Unfinished("dlmc", resume)
-    for path in sorted(place.rglob("*.smtx"))[:: 6 if quick else 1]:
+    paths = sorted(place.rglob("*.smtx"))[:: 6 if quick else 1]
+    for path in paths:
+        key = (str(path.relative_to(place)), quick, threads)
+        if budget.spent and not unfinished.has(key):
+            print(f"dlmc: {len(rows)} of {len(paths)} matrices measured; go on with --resume", flush=True)
+            return
         columns = int(pixels.get(path.stem, 256))
         measure = functools.partial(measure_matrix, path, columns, threads, 0.1 if quick else 0.3)
-        rows.append(unfinished.row((str(path.relative_to(place)), quick, threads), measure))
+        rows.append(unfinished.row(key, measure))
         print(
             "{matrix:52s} {sparsity_%} % {ms:8.4f} ms, {over_mkl_csr:5.2f} x CSR, {over_mkl_dense:5.2f} x dense".format(
                 **rows[-1]
@@ -401,15 +486,25 @@ def run_dlmc(quick: bool, threads: int, resume: bool) -> None:
             flush=True,
         )
     summary = []
-    for collection in ("rn50", "transformer"):
-        for sparsity in (80, 90, 95):
-            chosen = [row for row in rows if row["collection"] == collection and row["sparsity_%"] == sparsity]
-            if chosen:
+    for kind in ("all", "N >= 256"):
+        for collection in ("rn50", "transformer", "both"):
+            for sparsity in (80, 90, 95):
+                chosen = [
+                    row
+                    for row in rows
+                    if collection in (row["collection"], "both")
+                    and row["sparsity_%"] == sparsity
+                    and (kind == "all" or row["N"] >= 256)
+                ]
+                if not chosen:
+                    continue
                 means = {
                     key: statistics.geometric_mean(row[key] for row in chosen)
                     for key in ("over_mkl_csr", "over_mkl_dense", "over_best_dense", "share_of_peak_%")
                 }
-                summary.append({"collection": collection, "sparsity_%": sparsity, "matrices": len(chosen), **means})
+                worst = {"worst_over_best_dense": min(row["over_best_dense"] for row in chosen)}
+                point = {"collection": collection, "columns": kind, "sparsity_%": sparsity, "matrices": len(chosen)}
+                summary.append(point | means | worst)
     notes = (
         f"{threads} threads; W times X with N columns: the layer's pixels, 256 for the Transformer. Ours: a whole call "
     )
@@ -434,15 +529,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--full", action="store_true", help="the finest grid of sparsities")
     parser.add_argument("--resume", action="store_true", help="keep the rows of an interrupted run")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--only", default="", help="layers whose name contains this")
-    parser.add_argument("part", nargs="*", choices=("layers", "dlmc"), default=["layers", "dlmc"])
+    parser.add_argument("--only", default="", help="layers (and models of `precision`) whose name contains this")
+    parser.add_argument("--budget", type=float, help="seconds; what is not measured by then is left for --resume")
+    every = ("layers", "dlmc", "precision")
+    parser.add_argument("part", nargs="*", choices=every, default=list(every))
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    budget = Budget(options.budget)
     if "layers" in options.part:
         grid = "quick" if options.quick else "full" if options.full else "usual"
-        run_layers(options.only, grid, options.threads, options.resume)
+        run_layers(options.only, grid, options.threads, options.resume, budget)
     if "dlmc" in options.part:
-        run_dlmc(options.quick, options.threads, options.resume)
+        run_dlmc(options.quick, options.threads, options.resume, budget)
+    if "precision" in options.part and not budget.spent:
+        precision.run(options.only, options.threads, 0.5 if options.quick else 2.0)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,10 @@ class Unfinished:
             self.rows = json.loads(self.path.read_text())
         self.resumed = len(self.rows)
 
+    def has(self, key: Sequence[Any]) -> bool:
+        """Whether the row of this key is there already."""
+        return json.dumps(list(key)) in self.rows
+
     def row(self, key: Sequence[Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The row of this key: from the interrupted run, or measured now and kept at once."""
         name = json.dumps(list(key))

@@ -28,6 +28,7 @@ __all__ = [
     "wants_gradient",
     "why_not_extension",
     "why_not_float32_cpu",
+    "why_not_float_cpu",
 ]
 
 # Values compared on every call to notice edits that PyTorch's version counter does not see
@@ -123,6 +124,16 @@ def why_not_float32_cpu(cols: torch.Tensor | None, **tensors: torch.Tensor | Non
     return reasons
 
 
+def why_not_float_cpu(cols: torch.Tensor | None, **tensors: torch.Tensor | None) -> list[str]:
+    """The same for kernels that also take bfloat16, all of it: it is widened for them, and the result rounded."""
+    kinds = {tensor.dtype for tensor in tensors.values() if tensor is not None}
+    if kinds == {torch.bfloat16}:
+        tensors = {
+            name: None if tensor is None else tensor.new_empty(0, dtype=float32) for name, tensor in tensors.items()
+        }
+    return why_not_float32_cpu(cols, **tensors)
+
+
 # Looked up once: these run on every call, whose cost beside the kernel is to stay below ten microseconds.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
@@ -214,7 +225,7 @@ class NativeProduct:
         )
 
     def load(self, values: torch.Tensor, force: bool = False) -> None:
-        """Give the values to the C++ object unless it holds them; to be called with the lock held."""
+        """Give values (float32 or bfloat16) to the C++ object unless it holds them; to be called with the lock held."""
         if values.is_inference() or not values.is_contiguous():
             # Without a version counter edits go unnoticed, and a strided view shares its address with others.
             self._set(values)
@@ -224,7 +235,8 @@ class NativeProduct:
             return
         self._set(values)
         self._held = held = values.detach()
-        self._probe = held.numpy()[:: max(1, held.numel() // _PROBES)]
+        numbers = held.view(torch.int16) if held.dtype is torch.bfloat16 else held
+        self._probe = numbers.numpy()[:: max(1, held.numel() // _PROBES)]
         self._probed = self._probe.tobytes()
         self._version = values._version
         self._pointer = values.data_ptr()
@@ -243,7 +255,7 @@ class NativeProduct:
 
     def _set(self, values: torch.Tensor) -> None:
         entries = values.detach() if self.order is None else values.detach()[self.order]
-        entries = entries.contiguous()
+        entries = entries.to(float32).contiguous()
         self.handle.set_values(entries.data_ptr(), entries.numel())
 
 

@@ -268,15 +268,15 @@ def reference_weight_grad(grad, x, row_ptr, cols, out_features, in_features, blo
     return torch.cat(parts)
 
 
-# -- cpu: the C++ kernels --------------------------------------------------------------------------------------------
+# -- cpu: the C++ kernels; bfloat16 is widened on the way in, summed in float32 and rounded on the way out -----------
 
 
 def _why_not_cpu(x, values, bias, row_ptr, cols, out_features, in_features, block):
-    return native.why_not_extension("Linear") + native.why_not_float32_cpu(cols, x=x, values=values, bias=bias)
+    return native.why_not_extension("Linear") + native.why_not_float_cpu(cols, x=x, values=values, bias=bias)
 
 
 def _why_not_cpu_gradient(first, second, row_ptr, cols, out_features, in_features, block):
-    return native.why_not_extension("Linear") + native.why_not_float32_cpu(cols, grad=first, operand=second)
+    return native.why_not_extension("Linear") + native.why_not_float_cpu(cols, grad=first, operand=second)
 
 
 def product(
@@ -295,14 +295,15 @@ def rows_of(x: torch.Tensor, features: int) -> torch.Tensor:
 
 @registry.register("sparse_linear", "cpu", why_not=_why_not_cpu)
 def _cpu_forward(x, values, bias, row_ptr, cols, out_features, in_features, block):
-    y = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+    y = torch.empty((*x.shape[:-1], out_features), dtype=torch.float32)
     if y.numel() == 0:
-        return y
+        return y.to(x.dtype)
     if in_features == 0 or cols.numel() == 0:
-        return y.zero_() if bias is None else y.copy_(bias)
+        return (y.zero_() if bias is None else y.copy_(bias)).to(x.dtype)
     native_linear = product(row_ptr, cols, out_features, in_features, block)
-    forward_into(y, native_linear, x, values, bias, force=values.requires_grad)
-    return y
+    wide = None if bias is None else bias.to(torch.float32)
+    forward_into(y, native_linear, x.to(torch.float32), values, wide, force=values.requires_grad)
+    return y.to(x.dtype)
 
 
 def forward_into(
@@ -339,11 +340,11 @@ def _native_input_grad(
     grad: torch.Tensor, values: torch.Tensor, native_linear: native.NativeProduct, in_features: int
 ) -> torch.Tensor:
     dx = torch.empty((*grad.shape[:-1], in_features), dtype=torch.float32)
-    dy = rows_of(grad, grad.shape[-1])
+    dy = rows_of(grad.to(torch.float32), grad.shape[-1])
     with native_linear.lock:
         native_linear.load(values)
         native_linear.handle.input_grad(dy.data_ptr(), _pitch(dy), dy.shape[0], dx.data_ptr(), in_features)
-    return dx
+    return dx.to(grad.dtype)
 
 
 @registry.register("sparse_linear_weight_grad", "cpu", why_not=_why_not_cpu_gradient)
@@ -357,13 +358,13 @@ def _cpu_weight_grad(grad, x, row_ptr, cols, out_features, in_features, block):
 def _native_weight_grad(
     grad: torch.Tensor, x: torch.Tensor, native_linear: native.NativeProduct, count: int
 ) -> torch.Tensor:
-    dy, rows = rows_of(grad, grad.shape[-1]), rows_of(x, x.shape[-1])
+    dy, rows = rows_of(grad.to(torch.float32), grad.shape[-1]), rows_of(x.to(torch.float32), x.shape[-1])
     entries = torch.empty(native_linear.handle.nnz, dtype=torch.float32)
     with native_linear.lock:
         native_linear.handle.weight_grad(
             dy.data_ptr(), _pitch(dy), rows.data_ptr(), _pitch(rows), rows.shape[0], entries.data_ptr()
         )
-    return native_linear.entries_to_values(entries, count)
+    return native_linear.entries_to_values(entries, count).to(grad.dtype)
 
 
 def _pitch(rows: torch.Tensor) -> int:
