@@ -13,6 +13,7 @@ import torch
 from sparse_engine.errors import StructureError
 from sparse_engine.io import is_spx, read_checkpoint, read_spx
 from sparse_engine.packed import PackedWeight
+from sparse_engine.rounded import RoundedWeight
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class SparsityReport:
 
 
 def sparsity_of_state(
-    state: Mapping[str, torch.Tensor | PackedWeight], progress: Callable[[int, int], None] | None = None
+    state: Mapping[str, torch.Tensor | PackedWeight | RoundedWeight], progress: Callable[[int, int], None] | None = None
 ) -> SparsityReport:
     """Measure a state dict (or the constants of an executable).
 
@@ -119,7 +120,7 @@ def sparsity_of_state(
         (240, 'fan_in(1)')
 
     Args:
-        state: name -> tensor or packed weight.
+        state: name -> tensor, packed weight or rounded weight.
         progress: called with (tensors done, tensors in all) after each.
 
     Returns:
@@ -128,7 +129,7 @@ def sparsity_of_state(
     layers: list[LayerSparsity] = []
     other_values = other_bytes = 0
     for done, (name, tensor) in enumerate(state.items(), start=1):
-        if isinstance(tensor, PackedWeight) or (tensor.dim() >= 2 and tensor.is_floating_point()):
+        if not isinstance(tensor, torch.Tensor) or (tensor.dim() >= 2 and tensor.is_floating_point()):
             layers.append(_measure(name, tensor))
         else:
             other_values += tensor.numel()
@@ -151,9 +152,12 @@ def sparsity_of_file(
     return sparsity_of_state(state, progress)
 
 
-def _measure(name: str, tensor: torch.Tensor | PackedWeight) -> LayerSparsity:
-    packed = tensor if isinstance(tensor, PackedWeight) else None
-    dense = tensor.to_dense() if isinstance(tensor, PackedWeight) else tensor.detach()
+def _measure(name: str, tensor: torch.Tensor | PackedWeight | RoundedWeight) -> LayerSparsity:
+    rounded = tensor if isinstance(tensor, RoundedWeight) else None
+    packed = (
+        tensor.packed if isinstance(tensor, RoundedWeight) else tensor if isinstance(tensor, PackedWeight) else None
+    )
+    dense = tensor.detach() if isinstance(tensor, torch.Tensor) else tensor.to_dense()
     dense_bytes = dense.numel() * dense.dtype.itemsize
     kept = dense != 0
     zeros = dense.numel() - int(kept.sum())
@@ -169,6 +173,8 @@ def _measure(name: str, tensor: torch.Tensor | PackedWeight) -> LayerSparsity:
             structure = str(packed.structure)
             if packed.nbytes < dense_bytes:
                 coding, packed_bytes = packed.coding, packed.nbytes
+    if rounded is not None:
+        coding, packed_bytes = f"{rounded.packed.coding}, {rounded.precision}", rounded.nbytes
     other_axes = tuple(axis for axis in range(dense.dim()) if axis != 1)
     return LayerSparsity(
         name=name,

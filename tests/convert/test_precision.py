@@ -80,6 +80,19 @@ def test_files_are_smaller(everything_is_large, tmp_path):
     assert sizes["int8"] < 0.6 * sizes["fp32"]
 
 
+def test_a_file_with_rounded_weights_is_inspected_like_others(everything_is_large, tmp_path):
+    from sparse_engine.report import sparsity_of_file
+
+    executable = se.convert(network(), torch.randn(1, 700), precision="int8", tune=False)
+    sizes = executable.save(tmp_path / "model.spx")
+    layers = {layer.shape: layer for layer in sparsity_of_file(tmp_path / "model.spx").layers}
+    first = layers[400, 700]
+    assert first.coding.endswith(", int8")
+    assert first.dense_bytes == 4 * 400 * 700
+    assert first.packed_bytes < sizes.constant_bytes < first.dense_bytes / 4
+    assert layers[10, 300].coding == "full, int8"
+
+
 def test_a_layer_stays_exact_where_rounding_is_not_faster(monkeypatch):
     timed = []
 
