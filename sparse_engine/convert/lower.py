@@ -104,8 +104,10 @@ def _share(graph: Graph, batch: int, choices: Any, threads: int) -> int:
         wanted *= 2
     wanted = min(wanted, batch)
     # Samples side by side can need permuting between layers where one by itself does not (a transformer that puts the
-    # tokens first): that costs more than fuller vectors bring.
-    while wanted > 1:
+    # tokens first): that costs more than fuller vectors bring. Not where a sample is a single vector all the way: one
+    # by one each would read every weight again.
+    several_pixels = any(problem.pixels > 1 for problem in one.problems.values())
+    while wanted > 1 and several_pixels:
         several = _Lowering(graph, wanted, choices)
         several.emit_steps()
         moved = several.copied / wanted - one.copied
