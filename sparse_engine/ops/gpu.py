@@ -118,7 +118,7 @@ def _channels(
         per_channel = columns.reshape(channels, taps)
         keep_in = per_channel.any(1)
         whole = bool((per_channel.all(1) == keep_in).all()) and bool((counts[keep_out] == int(columns.sum())).all())
-        if not whole or not bool(keep_out.any()):
+        if not whole:
             return None
         return kernels.channel_list(keep_in, cols.device), kernels.channel_list(keep_out, cols.device)
 
