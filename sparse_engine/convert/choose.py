@@ -44,6 +44,7 @@ _TILES = {
     4: ((6, 128), (6, 256), (4, 192)),
     8: ((2, 256), (3, 256)),
 }
+_ROWS_FROM = 0.15  # density from which a dense product with one vector may be faster than a sparse one
 _WORTH_ROUNDING = 1.05  # a rounded weight that is not this much faster stays as it is
 _WORTH_TIMING = 1.5  # candidates that the cost model puts this far behind the best one are not timed
 
@@ -127,7 +128,9 @@ def _rounded(
         choice = LinearChoice(kernels[0])
         return dict(exact, kernel=describe(choice, precision), choice=choice.to_json(), precision=precision)
     options = [LinearChoice.from_json(exact["choice"])] + [LinearChoice(kernel) for kernel in kernels]
-    seconds = _time_interleaved([_bench_plan(rounded, choice, residual) for choice in options], threads)
+    plans = [_bench_plan(problem, options[0], residual)]
+    plans += [_bench_plan(rounded, choice, residual) for choice in options[1:]]
+    seconds = _time_interleaved(plans, threads)
     best = min(range(len(options)), key=seconds.__getitem__)
     faster = seconds[0] / seconds[best]
     # What rounding costs in accuracy is not given away for the noise of a timing.
@@ -160,7 +163,11 @@ def _signature(problem: LinearProblem, residual: bool) -> Any:
 def candidates(problem: LinearProblem, threads: int) -> list[LinearChoice]:
     """What may be the fastest way to compute a linear operator, the cost model's favourite first, dense among them."""
     first = default_choice(problem, threads)
-    if first.kernel in ("depthwise", "vector"):
+    if first.kernel == "vector":
+        # An entry costs two to three times as much as a place of a dense row; where most are kept, it is one already.
+        density = problem.nonzeros / max(1, problem.rows * problem.columns)
+        return [first, LinearChoice("rows")] if _ROWS_FROM < density <= 0.5 else [first]
+    if first.kernel == "depthwise":
         return [first]
     found = [first]
     dense_cost = float(problem.rows * problem.columns)
@@ -197,6 +204,8 @@ def _costs() -> dict[int, float]:
 
 def describe(choice: LinearChoice, precision: str = "fp32") -> str:
     """A kernel choice in words: ``sparse 1x4 rows``, ``dense``, …"""
+    if choice.kernel == "rows" and precision == "fp32":
+        return "vector, dense"
     if choice.kernel in ROUNDED_KERNELS:
         return f"vector, {precision} {'rows' if choice.kernel == 'rows' else 'lookups'}"
     if choice.kernel == "sparse":
@@ -226,7 +235,7 @@ def _tuned(problem: LinearProblem, residual: bool, threads: int) -> dict[str, An
     runs = [_bench_plan(problem, choice, residual) for choice in options]
     seconds = _time_interleaved(runs, threads)
     best = min(range(len(options)), key=seconds.__getitem__)
-    dense = [s for choice, s in zip(options, seconds, strict=True) if choice.kernel == "dense"]
+    dense = [s for choice, s in zip(options, seconds, strict=True) if choice.kernel in ("dense", "rows")]
     dense_ms = min(dense) * 1e3 if dense else None
     chosen, ms = options[best], seconds[best] * 1e3
     density = problem.nonzeros / max(1, problem.rows * problem.columns)
@@ -234,7 +243,7 @@ def _tuned(problem: LinearProblem, residual: bool, threads: int) -> dict[str, An
         reason = "depthwise: one shifted read per tap"
     elif chosen.kernel == "vector":
         reason = "one column: bound by reading the weight once"
-    elif chosen.kernel == "dense":
+    elif chosen.kernel in ("dense", "rows"):
         reason = "no zeros" if density == 1 else f"dense is faster at {1 - density:.0%} zeros"
     else:
         reason = f"{dense_ms / ms:.1f}x the dense kernel" if dense_ms else "the only kernel for groups"

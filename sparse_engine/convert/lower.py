@@ -171,8 +171,8 @@ class LinearChoice:
 
     Args:
         kernel: "sparse" (panel kernel over kept entries), "dense" (panel kernel over all), "winograd" (over all, with
-        half the multiplications), "depthwise", "vector" (one pixel; dense or sparse rows), or for one pixel and a
-        rounded weight "rows", "lookup" or "bytes".
+        half the multiplications), "depthwise", "vector" (one pixel; kept entries of each row, all where most are kept),
+        "rows" (one pixel; all entries), or for one pixel and a rounded weight "lookup" or "bytes".
         panel: rows that share a load of the input.
         part: columns worked on at a time, at most 256.
         row_block: rows per work item, 0 for all.
@@ -510,6 +510,8 @@ def make_weight(problem: LinearProblem, choice: LinearChoice) -> Any:
         if problem.nonzeros > 0.5 * problem.rows * problem.columns:
             return _C.Weight.vector(None, None, problem.weight, *shape)
         return _C.Weight.vector(*problem.csr(), *shape)
+    if choice.kernel == "rows" and problem.rounded is None:
+        return _C.Weight.vector(None, None, problem.weight, *shape)
     if choice.kernel in ROUNDED_KERNELS:
         weight = problem.rounded
         if weight is None:
@@ -1239,7 +1241,7 @@ def _lookup(choices: Any, problem: LinearProblem, threads: int) -> LinearChoice 
     # A choice made at another batch size may not exist at this one.
     if (
         (choice.kernel in _VECTOR_KERNELS) != problem.vector
-        or (choice.kernel in ROUNDED_KERNELS and problem.rounded is None)
+        or (choice.kernel in ("lookup", "bytes") and problem.rounded is None)
         or (choice.kernel == "depthwise") != problem.depthwise
         or (choice.kernel == "dense" and problem.groups != 1)
         or (choice.kernel == "winograd" and not problem.winograd)

@@ -115,6 +115,23 @@ def test_a_layer_stays_exact_where_rounding_is_not_faster(monkeypatch):
     assert "the others stay in float32" in str(executable.report)
 
 
+@pytest.mark.parametrize("sparse_seconds, kernel", [(1.0, "vector"), (3.0, "vector, dense")])
+def test_one_vector_is_multiplied_densely_where_that_is_faster(sparse_seconds, kernel, monkeypatch):
+    monkeypatch.setattr(
+        choosing, "_time_interleaved", lambda plans, threads: [sparse_seconds, 2.0] if len(plans) == 2 else [1.0]
+    )
+    model, x = network(0.4), torch.randn(1, 700)
+    executable = se.convert(model, x)
+    layers = {layer.name: layer for layer in executable.report.layers}
+    assert layers["0"].kernel == layers["2"].kernel == kernel
+    assert layers["0"].dense_ms == 2000
+    assert layers["4"].kernel == "vector"
+    with torch.no_grad():
+        assert worst(executable(x), model(x)) < 1e-5
+        several = torch.randn(5, 700)
+        assert worst(executable(several), model(several)) < 1e-5
+
+
 def test_timing_chooses(tmp_path):
     executable = se.convert(network(), torch.randn(1, 700), precision="int8")
     assert all(layer.ms is not None for layer in executable.report.layers if layer.op == "linear")
