@@ -77,6 +77,28 @@ def _executables(folder: Path) -> list[Path]:
         path = folder / f"{name}.spx"
         se.convert(model.eval(), (torch.randn(shape),), tune=False, threads=1).save(path)
         paths.append(path)
+    return paths + _rounded(folder)
+
+
+def _rounded(folder: Path) -> list[Path]:
+    """Files of version 2: weights in bf16 and int8, by rows and as lookups."""
+    import sparse_engine as se
+    from sparse_engine.convert import choose
+
+    paths = []
+    cache_bytes, choose._cache_bytes = choose._cache_bytes, lambda: 0  # small weights are not rounded otherwise
+    try:
+        for precision in ("bf16", "int8"):
+            for density in (0.2, 1.0):
+                torch.manual_seed(0)
+                model = torch.nn.Sequential(torch.nn.Linear(80, 24), torch.nn.ReLU(), torch.nn.Linear(24, 5)).eval()
+                model[0].weight.data *= torch.rand(24, 80) < density
+                path = folder / f"{precision}_{density}.spx"
+                executable = se.convert(model, (torch.randn(1, 80),), precision=precision, tune=False, threads=1)
+                executable.save(path)
+                paths.append(path)
+    finally:
+        choose._cache_bytes = cache_bytes
     return paths
 
 
