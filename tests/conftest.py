@@ -12,6 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+# Read when Triton is first imported, which any module of tests may do.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The same examples on every run; `HYPOTHESIS_PROFILE=search` looks for new ones.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=1000)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, that is when its module is first imported
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
