@@ -172,24 +172,29 @@ def rivals(layer: Layer, weight: Tensor, x: Tensor) -> dict[str, Callable[[], An
     return found
 
 
+_HAND_OVER = 0.01  # seconds
+
+
 def burst_medians(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
     """Milliseconds per call, timed in bursts of about two milliseconds, the contenders in turns.
 
-    Within a network, what a layer reads was just written; in bursts every contender finds its data in the cache.
+    Within a network, what a layer reads was just written; in bursts every contender finds its data in the cache. What
+    comes before each burst is not timed: the threads of the last contender go on looking for work for milliseconds.
     """
-
-    def burst(call: Callable[[], Any], times: int) -> Callable[[], None]:
-        def run() -> None:
-            for _ in range(times):
-                call()
-
-        return run
-
     once = {name: min(_timed(call) for _ in range(4)) for name, call in calls.items()}
     times = {name: max(1, min(200, math.ceil(0.002 / value))) for name, value in once.items()}
-    bursts = {name: burst(call, times[name]) for name, call in calls.items()}
-    summary = results_io.interleaved(bursts, seconds=seconds, warmup=1)
-    return {name: summary[name]["median_ms"] / times[name] for name in calls}
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(min(found.values(), key=len)) < 5:
+        for name, call in calls.items():
+            quiet = time.perf_counter() + _HAND_OVER
+            while time.perf_counter() < quiet:
+                call()
+            begin = time.perf_counter()
+            for _ in range(times[name]):
+                call()
+            found[name].append((time.perf_counter() - begin) / times[name])
+    return {name: 1e3 * statistics.median(values) for name, values in found.items()}
 
 
 def _timed(call: Callable[[], Any]) -> float:
