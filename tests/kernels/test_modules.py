@@ -110,8 +110,12 @@ def test_a_mask_that_changes_never_waits(device):
     x, weight = torch.randn(5, 70).to(device), torch.randn(40, 70).to(device).requires_grad_()
     for seed in range(2):
         mask = (torch.rand(40, 70, generator=torch.Generator().manual_seed(seed)) < 0.3).to(device)
+        weight.grad = None
         with NoSynchronisation():
-            masked_linear(x, weight, mask).sum().backward()
+            y = masked_linear(x, weight, mask)
+            y.sum().backward()
+        torch.testing.assert_close(y, x @ (weight * mask).T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(weight.grad, mask * x.sum(0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", losses("cpu"))
@@ -353,18 +357,21 @@ def test_layers_on_several_streams_and_devices():
 @pytest.mark.gpu
 def test_nothing_synchronises_according_to_cuda():
     net, x, dy = Net().to("cuda"), torch.randn(3, 6, 4, 4, device="cuda"), torch.randn(3, 32, device="cuda")
-    step(net, x, dy)
+    expected = step(net, x, dy)
     z = torch.randn(6, 20, device="cuda", requires_grad=True)
     ready = losses("cuda")
     for loss in ready.values():
         loss(z).backward()
+    z.grad = None
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(net, x, dy)
+        found = step(net, x, dy)
         for loss in ready.values():
             loss(z).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert z.grad.isfinite().all()
 
 
 def test_a_misspelt_op_is_an_error(device, monkeypatch):
