@@ -80,7 +80,7 @@ def choose(
     share = _share(graph, batch, None, threads)
     # Several passes over smaller batches run one per thread.
     alone = 1 if batch // max(1, share) >= threads else threads
-    lowering = _Lowering(graph, share, None)
+    lowering = _Lowering(graph, share, None, alone)
     lowering.emit_steps()
     residuals = {node.name for node in graph.nodes if node.op in ("conv2d", "linear") and len(node.inputs) == 2}
     bands = part_problems(graph, threads) if batch == 1 and threads > 1 else {}
@@ -98,7 +98,9 @@ def choose(
             if key not in known:
                 known[key] = _rounded(problem, name in residuals, cores, precision, exact, tune)
         problem.forget()
-        found[name] = dict(known[key], pixels=problem.pixels)
+        times = {field: known[key][field] for field in ("ms", "dense_ms")}  # of all strips
+        times = {field: ms if ms is None else ms * problem.times for field, ms in times.items()}
+        found[name] = dict(known[key], **times, pixels=problem.pixels)
     return found
 
 

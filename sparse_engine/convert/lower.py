@@ -25,6 +25,7 @@ from sparse_engine import _C
 from sparse_engine.convert.constants import constant_csr, constant_rounded, constant_shape
 from sparse_engine.convert.graph import Dim, Graph, Node, shape_at, shape_from_json
 from sparse_engine.convert.independence import samples_are_independent
+from sparse_engine.convert.strips import Chain, Rows, find_chains, padded, rows_in_chain
 from sparse_engine.errors import ConvertError
 from sparse_engine.ops.low_precision import looks_up_bytes
 from sparse_engine.rounded import RoundedWeight
@@ -219,6 +220,7 @@ class LinearProblem:
 
     rows_of_weight: Callable[[], tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]] | None = None
     rounded: RoundedWeight | None = None  # the weight where it is kept in another precision
+    times: int = 1  # how often it is computed for an image: once for each strip
     _weight: numpy.ndarray | None = None
     _entries: dict[int, int] = field(default_factory=dict)
 
@@ -587,6 +589,11 @@ class _Lowering:
         self.constants_buffer = len(graph.inputs) + len(graph.outputs) + 1
         self.arena = 0
         self.copied = 0  # floats that copies between layouts move
+        self.strip_sizes: dict[
+            str, tuple[int, ...]
+        ] = {}  # of values that are made strip by strip, under names of their own
+        self.target: _Place | None = None  # where the value that is made next is to lie
+        self.spare = 0  # floats of room at the end of its planes
         self.index = 0  # of the node being lowered
         self.last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
         for dtype in (graph.values[name].dtype for name in graph.inputs + graph.outputs):
@@ -596,7 +603,8 @@ class _Lowering:
     # -- helpers
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return shape_at(self.graph.values[name].shape, self.batch)
+        strip = self.strip_sizes.get(name)
+        return shape_at(self.graph.values[name].shape, self.batch) if strip is None else strip
 
     def native(self, name: str) -> bool:
         return self.graph.values[name].dtype == "float32"
@@ -614,11 +622,16 @@ class _Lowering:
         for d in reversed(inner):
             strides[d] = step
             step *= max(1, sizes[d])
-        step = _C.padded_pixels(step)
+        step = _C.padded_pixels(step + self.spare)
         for d in reversed(outer):
             strides[d] = step
             step *= max(1, sizes[d])
         return _Place(_Storage(max(1, step)), 0, sizes, tuple(strides))
+
+    def new_output(self, sizes: Sequence[int]) -> _Place:
+        """A place for images that a node makes, in channel planes."""
+        target, self.target = self.target, None
+        return self.new(sizes, [1]) if target is None else target
 
     def like(self, reference: _Place, sizes: Sequence[int]) -> _Place:
         """A fresh place for `sizes` in the memory order of `reference` (of the same rank)."""
@@ -707,8 +720,14 @@ class _Lowering:
                 self.foreign.add(name)
                 continue
             self.places[name] = self.outside(index, name)
+        chains = self.chains()
+        behind = 0  # nodes before this one belong to a chain
         for self.index, node in enumerate(graph.nodes):
-            getattr(self, f"op_{node.op}")(node)
+            if self.index in chains:
+                behind = chains[self.index].last
+                self.emit_chain(chains[self.index])
+            elif self.index >= behind:
+                getattr(self, f"op_{node.op}")(node)
         for index, name in enumerate(graph.outputs):
             if name in self.foreign:
                 continue
@@ -716,6 +735,70 @@ class _Lowering:
                 target = self.outside(len(graph.inputs) + index, name)
                 self.copy(self.places[name], target, f"output.{name}")
         self.arena = self._memory_plan()
+
+    # -- strips
+
+    def chains(self) -> dict[int, Chain]:
+        """Nodes that run strip by strip, by the first one's index: where one thread has one image."""
+        if self.batch != 1 or self.threads != 1:
+            return {}
+        return find_chains(self.graph, {name: self.shape(name) for name in self.graph.values})
+
+    def rows(self, name: str, low: int, high: int) -> _Place:
+        """The rows [low, high) of a value."""
+        place = self.places[name]
+        sizes = (*place.sizes[:2], high - low, place.sizes[3])
+        return place.with_view(sizes, place.strides, low * place.strides[2])
+
+    def emit_chain(self, chain: Chain) -> None:
+        """Lower the nodes of a chain for some rows of its output after the other."""
+        nodes = self.graph.nodes[chain.first : chain.last]
+        name = nodes[-1].output
+        self.spare = self._spare(chain, name)
+        self.places[name] = self.new(self.shape(name), [1])
+        self.spare = 0
+        self._emit_strips(nodes, chain.rows, 0, self.shape(name)[2])
+
+    def _spare(self, chain: Chain, name: str) -> int:
+        """Room at the end of a plane for a strip that begins inside a vector and ends with a whole one."""
+        return 0 if chain.rows * self.shape(name)[3] % LANES == 0 else LANES
+
+    def _emit_strips(self, nodes: Sequence[Node], step: int, begin: int, end: int) -> None:
+        """The rows [begin, end) of a chain's output, whose place is there already, `step` at a time."""
+        heights = {node.inputs[0]: self.height(node.inputs[0]) for node in nodes}
+        heights[nodes[-1].output] = self.height(nodes[-1].output)
+        for first in range(begin, end, step):
+            strips = rows_in_chain(self.graph, nodes, heights, first, min(end, first + step))
+            x = self.rows(nodes[0].inputs[0], *strips[0].read)
+            for node, rows in zip(nodes, strips, strict=True):
+                x = self._strip(node, rows, x, heights[node.output], node is nodes[-1])
+        for node in nodes:
+            if node.name in self.problems:
+                self.problems[node.name].times = -(-(end - begin) // step)
+
+    def _strip(self, node: Node, rows: Rows, x: _Place, height: int, last: bool) -> _Place:
+        """Lower a node for some rows of its output. Its input is at `x`; a chain's last node has its place already."""
+        seen, added, made = f"{node.name} reads", f"{node.name} adds", f"{node.name} makes"
+        _, channels, _, width = shape_at(self.graph.values[node.output].shape, 1)
+        self.strip_sizes[made] = (1, channels, rows.out[1] - rows.out[0], width)
+        self.places[seen] = x
+        inputs = [seen]
+        if len(node.inputs) == 2:
+            self.places[added] = self.rows(node.inputs[1], *rows.out)
+            inputs.append(added)
+        changed = dataclasses.replace(padded(node, rows, height), inputs=inputs, outputs=[made])
+        self.target = self.rows(node.output, *rows.out) if last else None
+        if node.op == "conv2d":
+            _Lowering.op_conv2d(self, changed)
+        else:
+            _Lowering._pool(self, changed, node.op == "max_pool2d")
+        for name in inputs:
+            del self.places[name]
+        return self.places.pop(made)
+
+    def height(self, name: str) -> int:
+        """Rows of a whole value."""
+        return shape_at(self.graph.values[name].shape, self.batch)[2]
 
     def outside(self, index: int, name: str) -> _Place:
         """Where the caller keeps a value: inputs and outputs, counted together, are contiguous tensors."""
@@ -767,7 +850,7 @@ class _Lowering:
         }  # fmt: skip
         sizes = self.shape(node.output)
         if math.prod(sizes) == 0:
-            self.places[node.output] = self.new(sizes, [1])
+            self.places[node.output] = self.new_output(sizes)
             return
         pixels = sizes[0] * sizes[2] * sizes[3]
         problem = self.problem(node, rows, attrs["groups"], geometry, pixels)
@@ -780,7 +863,7 @@ class _Lowering:
                 x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
         elif x.strides[3] > 2 or x.strides[3] < 1:
             x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
-        out = self.new(sizes, [1])
+        out = self.new_output(sizes)
         self._linear_operator(node, problem, x, out, 1, phases)
 
     def op_linear(self, node: Node) -> None:
@@ -932,7 +1015,7 @@ class _Lowering:
         x = self.places[node.inputs[0]]
         if x.strides[3] != 1 and x.sizes[3] > 1:
             x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
-        out = self.new(self.shape(node.output), [1])
+        out = self.new_output(self.shape(node.output))
         options = {
             "max": maximum, "kernel": tuple(attrs["kernel"]),
             "stride": tuple(attrs["stride"]), "padding": tuple(attrs["padding"]),
@@ -1310,7 +1393,10 @@ class NativePlan:
         outputs, addresses = self._prepare(inputs)
         seconds = self._plan.profile(addresses, self._threads)
         self._collect(outputs)
-        return list(zip(self._plan.names, seconds, strict=True))
+        together: dict[str, float] = {}
+        for name, time in zip(self._plan.names, seconds, strict=True):  # a node that runs strip by strip comes often
+            together[name] = together.get(name, 0.0) + time
+        return list(together.items())
 
     @property
     def arena_bytes(self) -> int:

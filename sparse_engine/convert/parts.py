@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sparse_engine import _C
-from sparse_engine.convert.constants import constant_nonzeros, constant_shape
+from sparse_engine.convert.constants import constant_nonzeros
 from sparse_engine.convert.graph import Graph, Node, shape_at
 from sparse_engine.convert.lower import (
     _ALIGN,
@@ -35,6 +35,7 @@ from sparse_engine.convert.lower import (
     _Place,
     _Storage,
 )
+from sparse_engine.convert.strips import Chain, find_chains, padded, rows_in_chain, window, with_kernel
 
 _ROWS = 3  # a part keeps at least so many rows of every value, or the halos outweigh the work
 _WORTH = 0.75  # of the graph's multiplications must be in layers that can be cut
@@ -50,32 +51,18 @@ class Cut:
         nodes: how many of the graph's nodes, from the first, run in parts.
         needs: by value and part, the rows [first, last) that the part's consumers read.
         passed: the values that the rest of the graph reads.
+        chains: what every part runs strip by strip, by its first node's index.
     """
 
     nodes: int
     needs: dict[str, list[tuple[int, int]]]
     passed: list[str]
+    chains: dict[int, Chain]
 
 
 def rows_of(height: int, part: int, parts: int) -> tuple[int, int]:
     """The rows [first, last) of a value of `height` rows that one part of `parts` makes."""
     return round(height * part / parts), round(height * (part + 1) / parts)
-
-
-def window(node: Node, first: int, last: int, height: int) -> tuple[int, int, int, int]:
-    """The input rows [low, high) behind output rows [first, last), and the padding rows above and below them."""
-    stride, dilation = node.attrs["stride"][0], node.attrs.get("dilation", (1, 1))[0]
-    kernel = node.attrs["kernel"][0]
-    low = first * stride - node.attrs["padding"][0]
-    high = (last - 1) * stride - node.attrs["padding"][0] + dilation * (kernel - 1) + 1
-    return max(low, 0), min(high, height), max(-low, 0), max(high - height, 0)
-
-
-def _with_kernel(graph: Graph, node: Node) -> Node:
-    """The node with its kernel's size among the attributes, which convolutions have in their weight's shape."""
-    if node.op != "conv2d":
-        return node
-    return replace(node, attrs={**node.attrs, "kernel": constant_shape(graph, node.params["weight"])[2:]})
 
 
 def find_cut(graph: Graph, parts: int) -> Cut | None:
@@ -96,24 +83,39 @@ def find_cut(graph: Graph, parts: int) -> Cut | None:
         if len(shapes[name]) == 4 and shapes[name][0] == 1 and graph.values[name].dtype == "float32"
     }
     needs: dict[str, list[tuple[int, int]]] = {}
+    found = find_chains(graph, shapes)
+    chains: dict[int, Chain] = {}
     work, count, cut_work = 0, 0, 0
+
+    def add(nodes: list[Node]) -> None:
+        for part in range(parts):
+            for name, (low, high) in _rows_read(graph, nodes, shapes, part, parts).items():
+                ranges = needs.setdefault(name, [(1 << 60, 0)] * parts)
+                ranges[part] = (min(ranges[part][0], low), max(ranges[part][1], high))
+
     for index, node in enumerate(graph.nodes):
         if node.op in ("conv2d", "linear"):
             work += _multiplications(graph, node, shapes)
-        if count < index or not _can_be_cut(graph, node, body, shapes, parts):
+        if index < count:  # in the chain that began before
+            cut_work = work
+        if index != count:
             continue
-        body.add(node.output)
-        count, cut_work = index + 1, work
-        for name in node.inputs:
-            for part in range(parts):
-                low, high = _rows_read(graph, node, name, shapes, part, parts)
-                ranges = needs.setdefault(name, [(1 << 60, 0)] * parts)
-                ranges[part] = (min(ranges[part][0], low), max(ranges[part][1], high))
+        chain = found.get(index)
+        if chain is not None and _chain_can_be_cut(graph, graph.nodes[index : chain.last], body, shapes, parts):
+            nodes, chains[index] = graph.nodes[index : chain.last], chain
+        elif _can_be_cut(graph, node, body, shapes, parts):
+            nodes = [node]
+        else:
+            continue
+        body.update(member.output for member in nodes)
+        count, cut_work = index + len(nodes), work
+        add(nodes)
     if not count or cut_work < _WORTH * work:
         return None
     produced = {node.output for node in graph.nodes[:count]}
     rest = {name for node in graph.nodes[count:] for name in node.inputs} | set(graph.outputs)
-    return Cut(count, needs, [node.output for node in graph.nodes[:count] if node.output in rest & produced])
+    passed = [node.output for node in graph.nodes[:count] if node.output in rest & produced]
+    return Cut(count, needs, passed, chains)
 
 
 def _multiplications(graph: Graph, node: Node, shapes: dict[str, tuple[int, ...]]) -> int:
@@ -123,12 +125,29 @@ def _multiplications(graph: Graph, node: Node, shapes: dict[str, tuple[int, ...]
 
 
 def _rows_read(
-    graph: Graph, node: Node, name: str, shapes: dict[str, tuple[int, ...]], part: int, parts: int
-) -> tuple[int, int]:
-    first, last = rows_of(shapes[node.output][2], part, parts)
-    if node.op in _WINDOWS and name == node.inputs[0]:
-        return window(_with_kernel(graph, node), first, last, shapes[name][2])[:2]
-    return first, last
+    graph: Graph, nodes: list[Node], shapes: dict[str, tuple[int, ...]], part: int, parts: int
+) -> dict[str, tuple[int, int]]:
+    """By value, the rows that a node, or a chain of nodes, reads for a part's rows of the last one's output."""
+    last = nodes[-1]
+    own = rows_of(shapes[last.output][2], part, parts)
+    if last.op not in _WINDOWS:
+        return dict.fromkeys(last.inputs, own)
+    rows = dict.fromkeys(last.inputs[1:], own)
+    heights = {node.inputs[0]: shapes[node.inputs[0]][2] for node in nodes}
+    name, (low, high) = nodes[0].inputs[0], rows_in_chain(graph, nodes, heights, *own)[0].read
+    rows[name] = (min(low, rows[name][0]), max(high, rows[name][1])) if name in rows else (low, high)
+    return rows
+
+
+def _chain_can_be_cut(
+    graph: Graph, nodes: list[Node], body: set[str], shapes: dict[str, tuple[int, ...]], parts: int
+) -> bool:
+    known = set(body)
+    for node in nodes:
+        if not _can_be_cut(graph, node, known, shapes, parts):
+            return False
+        known.add(node.output)
+    return True
 
 
 def _can_be_cut(graph: Graph, node: Node, body: set[str], shapes: dict[str, tuple[int, ...]], parts: int) -> bool:
@@ -146,7 +165,7 @@ def _can_be_cut(graph: Graph, node: Node, body: set[str], shapes: dict[str, tupl
         return False
     if node.op in _WINDOWS:
         for part in range(parts):
-            low, high = _rows_read(graph, node, node.inputs[0], shapes, part, parts)
+            low, high = window(with_kernel(graph, node), *rows_of(sizes[2], part, parts), shapes[node.inputs[0]][2])[:2]
             if high <= low:
                 return False
     return True
@@ -169,14 +188,13 @@ class _PartLowering(_Lowering):
 
     # -- places
 
-    def height(self, name: str) -> int:
-        return super().shape(name)[2]
-
     def own(self, name: str, part: int | None = None) -> tuple[int, int]:
         return rows_of(self.height(name), self.part if part is None else part, self.parts)
 
     def shape(self, name: str) -> tuple[int, ...]:
         sizes = super().shape(name)
+        if name in self.strip_sizes:
+            return sizes
         first, last = self.own(name)
         return (sizes[0], sizes[1], last - first, sizes[3])
 
@@ -192,7 +210,7 @@ class _PartLowering(_Lowering):
         above, below = max(0, first - low), max(0, high - last)
         self.halos[name] = (above, below)
         lead = -(-above * width // _ALIGN) * _ALIGN
-        pitch = _C.padded_pixels(lead + (rows + below) * width)
+        pitch = _C.padded_pixels(lead + (rows + below) * width + self.spare)
         strides = (channels * pitch, pitch, width, 1)
         return _Place(_Storage(channels * pitch), lead, (1, channels, rows, width), strides)
 
@@ -216,17 +234,23 @@ class _PartLowering(_Lowering):
 
     def _on_window(self, node: Node, lower: Any) -> None:
         name = node.inputs[0]
-        first, last = self.own(node.output)
-        low, high, above, below = window(_with_kernel(self.graph, node), first, last, self.height(name))
-        _, left, bottom, right = node.attrs["padding"]
-        if node.op == "avg_pool2d":  # its divisor depends on how far the padding goes, not on how far windows reach
-            below = bottom if last == self.height(node.output) else 0
+        height = self.height(node.output)
+        (rows,) = rows_in_chain(
+            self.graph, [node], {name: self.height(name), node.output: height}, *self.own(node.output)
+        )
         # Under a name of its own: the same value may come in once more, as the residual.
         seen = f"{name} through the window of {node.name}"
-        self.places[seen] = self.rows(name, low, high)
-        attrs = {**node.attrs, "padding": (above, left, below, right)}
-        lower(replace(node, inputs=[seen, *node.inputs[1:]], attrs=attrs))
+        self.places[seen] = self.rows(name, *rows.read)
+        lower(replace(padded(node, rows, height), inputs=[seen, *node.inputs[1:]]))
         del self.places[seen]
+
+    def emit_chain(self, chain: Chain) -> None:
+        nodes = self.graph.nodes[chain.first : chain.last]
+        name = nodes[-1].output
+        self.spare = self._spare(chain, name)
+        self.places[name] = self.new(self.shape(name), [1])
+        self.spare = 0
+        self._emit_strips(nodes, chain.rows, *self.own(name))
 
     # -- stages
 
@@ -236,12 +260,22 @@ class _PartLowering(_Lowering):
             sizes = super().shape(name)
             storage = _Storage(max(1, math.prod(sizes)), index + 1)
             self.places[name] = _Place(storage, 0, sizes, tuple(_contiguous_strides(sizes)))
+        behind = 0  # nodes before this one belong to a chain
         for self.index, node in enumerate(graph.nodes):
-            wanted = [name for name in node.inputs if self._is_exchanged(name)]
+            if self.index < behind:
+                continue
+            chain = self.cut.chains.get(self.index)
+            last = node if chain is None else graph.nodes[chain.last - 1]
+            read = node.inputs if chain is None else [node.inputs[0], *last.inputs[1:]]
+            wanted = [name for name in dict.fromkeys(read) if self._is_exchanged(name)]
             if wanted:
                 self._begin_stage(wanted)
-            self.making = node.output
-            getattr(self, f"op_{node.op}")(node)
+            self.making = last.output
+            if chain is None:
+                getattr(self, f"op_{node.op}")(node)
+            else:
+                behind = chain.last
+                self.emit_chain(chain)
         # The last stage: every part copies the channels that its thread will read in the tail, of all rows.
         self._hold()
         self.marks.append(len(self.steps))

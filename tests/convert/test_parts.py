@@ -13,7 +13,8 @@ import sparse_engine as se
 from sparse_engine.convert import lower, passes
 from sparse_engine.convert.capture import capture
 from sparse_engine.convert.graph import Graph
-from sparse_engine.convert.parts import PartedPlan, _PartLowering, compile_parts, find_cut, rows_of, window
+from sparse_engine.convert.parts import PartedPlan, _PartLowering, compile_parts, find_cut, rows_of
+from sparse_engine.convert.strips import window
 
 
 def graph_of(model: nn.Module, x: Tensor) -> Graph:
