@@ -16,6 +16,7 @@
 #include "runtime/losses.h"
 #include "runtime/peak.h"
 #include "runtime/plan.h"
+#include "runtime/row_tiles.h"
 #include "runtime/tensor_ops.h"
 #include "runtime/vector_product.h"
 #include "runtime/winograd.h"
@@ -111,6 +112,7 @@ struct Weight {
     }
     std::shared_ptr<const PanelMatrix> panels;
     std::shared_ptr<const WinogradWeight> winograd;
+    std::shared_ptr<const RowTileMatrix> row_tiles;
     std::shared_ptr<const VectorLayer> product;     // of any precision, for vectors
     std::shared_ptr<std::vector<int64_t>> row_ptr;  // vector layout
     std::shared_ptr<std::vector<int32_t>> col;
@@ -120,10 +122,24 @@ struct Weight {
     int64_t nbytes() const {
         if (panels) return panels->nbytes();
         if (winograd) return winograd->nbytes();
+        if (row_tiles) return row_tiles->nbytes();
         if (product) return product->nbytes();
         return static_cast<int64_t>((row_ptr ? row_ptr->size() * 8 + (col ? col->size() * 4 : col16->size() * 2) : 0) + values->size() * 4);
     }
 };
+
+// Throws std::invalid_argument where the three arrays are not a sparse matrix.
+CsrView checked_csr(const Array<int64_t>& row_ptr, const Array<int32_t>& col, const Array<float>& values, int64_t cols) {
+    if (row_ptr.size() < 1 || col.size() != values.size())
+        throw std::invalid_argument("row_ptr is empty, or columns and values differ in number");
+    CsrView csr{row_ptr.size() - 1, cols, row_ptr.data(), col.data()};
+    for (int64_t r = 0; r < csr.rows; r++)
+        if (row_ptr.data()[r + 1] < row_ptr.data()[r] || row_ptr.data()[r + 1] > col.size())
+            throw std::invalid_argument("row_ptr out of range at row " + std::to_string(r));
+    if (csr.nnz() != col.size()) throw std::invalid_argument("row_ptr does not end at the number of values");
+    check_csr(csr);
+    return csr;
+}
 
 struct PlanBuilder {
     std::shared_ptr<Plan> plan;
@@ -232,7 +248,7 @@ KDBatch kd_batch(uintptr_t logits, int64_t pitch, int64_t rows, int64_t classes,
 }  // namespace
 
 // Raised together with INTERFACE in sparse_engine/ops/native.py when a name, an argument or a meaning below changes.
-constexpr int kInterface = 8;
+constexpr int kInterface = 9;
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The C++ core of sparse_engine.";
@@ -392,14 +408,7 @@ PYBIND11_MODULE(_C, m) {
             [](const Array<int64_t>& row_ptr, const Array<int32_t>& col, const Array<float>& values, int64_t cols, int panel, int part,
                int row_block) {
                 auto w = std::make_shared<Weight>();
-                if (row_ptr.size() < 1 || col.size() != values.size())
-                    throw std::invalid_argument("row_ptr is empty, or columns and values differ in number");
-                CsrView csr{row_ptr.size() - 1, cols, row_ptr.data(), col.data()};
-                for (int64_t r = 0; r < csr.rows; r++)
-                    if (row_ptr.data()[r + 1] < row_ptr.data()[r] || row_ptr.data()[r + 1] > col.size())
-                        throw std::invalid_argument("row_ptr out of range at row " + std::to_string(r));
-                if (csr.nnz() != col.size()) throw std::invalid_argument("row_ptr does not end at the number of values");
-                check_csr(csr);
+                const CsrView csr = checked_csr(row_ptr, col, values, cols);
                 w->rows = csr.rows, w->cols = cols;
                 w->panels = std::make_shared<PanelMatrix>(csr, values.data(), PanelOptions{panel, part, row_block, false, false});
                 return w;
@@ -417,6 +426,20 @@ PYBIND11_MODULE(_C, m) {
                 return w;
             },
             py::arg("values"), py::arg("panel") = 8, py::arg("part") = 256, py::arg("row_block") = 0)
+        .def_static(
+            "row_tiles",
+            [](const Array<int64_t>& row_ptr, const Array<int32_t>& col, const Array<float>& values, const py::dict& g, int part,
+               int height) {
+                const ConvGeometry geo = geometry(g);
+                if (!RowTileNode::applies(geo)) throw std::invalid_argument("row tiles do not apply to this convolution");
+                const CsrView csr = checked_csr(row_ptr, col, values, geo.channels * geo.taps());
+                auto w = std::make_shared<Weight>();
+                w->rows = csr.rows, w->cols = csr.cols;
+                w->row_tiles =
+                    std::make_shared<RowTileMatrix>(csr, values.data(), geo.kernel_h, geo.kernel_w, part, height, kernels().lanes);
+                return w;
+            },
+            py::arg("row_ptr"), py::arg("cols"), py::arg("values"), py::arg("geometry"), py::arg("part"), py::arg("height"))
         .def_static(
             "winograd",
             [](const Array<float>& values, const py::dict& g) {
@@ -468,6 +491,7 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("stored",
                                [](const Weight& w) {
                                    if (w.panels) return w.panels->stored();
+                                   if (w.row_tiles) return w.row_tiles->panels.stored();
                                    if (w.product) return w.product->stored();
                                    return static_cast<int64_t>(w.winograd ? w.winograd->packed.size() : w.values->size());
                                })
@@ -493,6 +517,9 @@ PYBIND11_MODULE(_C, m) {
         },
         "Whether every tap of the convolution is a shift of its input's planes (after splitting strides into phases).");
 
+    m.def(
+        "row_tiles_apply", [](const py::dict& g) { return RowTileNode::applies(geometry(g)); },
+        "Whether a convolution of this geometry can run on tiles of image rows.");
     m.def(
         "winograd_applies", [](const py::dict& g) { return WinogradWeight::applies(geometry(g)); },
         "Whether Winograd's method along the rows applies to a convolution of this geometry.");
@@ -526,6 +553,20 @@ PYBIND11_MODULE(_C, m) {
                      if (residual) node->has_residual = true, node->residual = ref(*residual), node->residual_stride = residual_stride;
                      node->epilogue = epilogue(activation);
                      node->prepare();
+                     b.add(name, std::move(node));
+                     return;
+                 }
+                 if (weight.row_tiles) {
+                     const RowTileMatrix& w = *weight.row_tiles;
+                     if (depthwise || !RowTileNode::applies(geo) || w.channels != geo.channels || w.kernel_h != geo.kernel_h || w.kernel_w != geo.kernel_w)
+                         throw std::invalid_argument(name + ": the weight does not fit the geometry");
+                     if (geo.width > 1 && x.strides[3] != 1) throw std::invalid_argument(name + ": the input's rows are not contiguous");
+                     auto node = std::make_unique<RowTileNode>();
+                     node->geometry = geo, node->weight = weight.row_tiles, node->bias = optional_floats(bias);
+                     node->x = x.ref, node->stride_n = x.strides[0], node->stride_c = x.strides[1], node->stride_h = x.strides[2];
+                     node->out = ref(out), node->out_stride = out_stride;
+                     if (residual) node->has_residual = true, node->residual = ref(*residual), node->residual_stride = residual_stride;
+                     node->epilogue = epilogue(activation);
                      b.add(name, std::move(node));
                      return;
                  }

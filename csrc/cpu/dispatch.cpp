@@ -15,6 +15,7 @@ namespace sparse_engine {
     void fill_peak(KernelTable&);        \
     void fill_vector(KernelTable&);      \
     void fill_winograd(KernelTable&);    \
+    void fill_row_tiles(KernelTable&);   \
     }
 SE_BUILD(portable)
 #if defined(__x86_64__)
@@ -29,7 +30,7 @@ namespace {
         KernelTable t{};                                                                                                             \
         t.name = #ISA, t.lanes = LANES;                                                                                              \
         ISA::fill_spmm(t), ISA::fill_pack(t), ISA::fill_elementwise(t), ISA::fill_losses(t), ISA::fill_peak(t), ISA::fill_vector(t), \
-            ISA::fill_winograd(t);                                                                                                   \
+            ISA::fill_winograd(t), ISA::fill_row_tiles(t);                                                                           \
         return t;                                                                                                                    \
     }()
 

@@ -77,6 +77,41 @@ struct Im2colArgs {
     float* tile;  // [columns][vectors · lanes]
 };
 
+// One segment of a RowTileMatrix times one tile of X.
+struct RowTileArgs {
+    const PanelRun* runs;
+    const PanelRun* runs_end;
+    const uint16_t* panel_rows;
+    const uint16_t* offsets;
+    const float* values;
+    const float* x;
+    float* out;  // first row of the weight, first row and column of the tile
+    size_t out_stride;
+    int64_t row_stride;  // floats from one row of the image to the next
+    uint32_t bits;       // where a tile ends with its image's row: the columns that exist
+    // Tiles of eight columns of twice as many rows: those behind the lower halves come first, those behind the upper ones `height` rows
+    // further down, of which `second` exist.
+    int64_t height;
+    int second;
+    bool first, last;
+    const float* bias;
+    const float* residual;  // like out, or null
+    size_t residual_stride;
+    float low, high;
+};
+using RowTileKernel = void (*)(const RowTileArgs&);
+
+struct RowTileFillArgs {
+    const float* x;  // plane of the part's first channel
+    int64_t channel_stride, channels;
+    int64_t height, width, row_stride;  // of the image
+    int64_t y0, x0;                     // what the tile's first row and column read for the first tap; may lie outside
+    int64_t rows, pitch;                // of the tile: to be filled, and in all
+    int64_t kernel_w;
+    int64_t second;  // rows from the lower halves to the upper ones; 0: vectors are not halved
+    float* tile;
+};
+
 struct DepthwiseArgs {
     const float* x;       // plane of one channel
     const float* weight;  // taps
@@ -184,6 +219,8 @@ struct KernelTable {
     SpmmKernel dense[4][kMaxVectors + 1];
     SpmmKernel sparse_half[kMaxVectors];  // panel 1: so many vectors and half a vector more; null where vectors have no halves
     int max_vectors[4];
+    RowTileKernel row_tile[3][kMaxVectors + 1];  // [vectors of one row, the end of one, halves of two (or null)][rows]
+    void (*row_tile_fill)(const RowTileFillArgs&);
     int winograd_rows, winograd_vectors;                        // of a panel, at most
     void (*winograd_input[2])(const WinogradInputArgs&);        // for filters of three and of four taps
     void (*winograd_panel[2][6])(const WinogradPanelArgs&);     // the same, by vectors − 1

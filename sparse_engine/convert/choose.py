@@ -44,6 +44,8 @@ _TILES = {
     4: ((6, 128), (6, 256), (4, 192)),
     8: ((2, 256), (3, 256)),
 }
+# (rows, columns of a part) of row tiles: what lies in the L1, and half as much more.
+_ROW_TILES = ((8, 144), (8, 252), (7, 180), (4, 252))
 _ROWS_FROM = 0.15  # density from which a dense product with one vector may be faster than a sparse one
 _WORTH_ROUNDING = 1.05  # a rounded weight that is not this much faster stays as it is
 _WORTH_TIMING = 1.5  # candidates that the cost model puts this far behind the best one are not timed
@@ -187,6 +189,9 @@ def candidates(problem: LinearProblem, threads: int) -> list[LinearChoice]:
             continue
         for vectors, part in _TILES[panel]:
             add("sparse", panel, part, vectors)
+    if problem.row_tiles and problem.out_width >= LANES // 2 and costs[1] <= min(_WORTH_TIMING * best, dense_cost):
+        for height, part in _ROW_TILES:
+            add("row_tiles", 1, part, height)
     if problem.groups == 1:
         for panel in (8, 4) if DENSE_PANEL == 8 else (4,):
             add("dense", panel, 256, PANEL_VECTORS[panel])
@@ -210,6 +215,8 @@ def describe(choice: LinearChoice, precision: str = "fp32") -> str:
         return "vector, dense"
     if choice.kernel in ROUNDED_KERNELS:
         return f"vector, {precision} {'rows' if choice.kernel == 'rows' else 'lookups'}"
+    if choice.kernel == "row_tiles":
+        return "sparse, row tiles"
     if choice.kernel == "sparse":
         return "sparse" if choice.panel == 1 else f"sparse, {choice.panel}-row panels"
     return choice.kernel

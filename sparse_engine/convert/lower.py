@@ -171,13 +171,14 @@ class LinearChoice:
     """How one linear operator is computed.
 
     Args:
-        kernel: "sparse" (panel kernel over kept entries), "dense" (panel kernel over all), "winograd" (over all, with
-        half the multiplications), "depthwise", "vector" (one pixel; kept entries of each row, all where most are kept),
-        "rows" (one pixel; all entries), or for one pixel and a rounded weight "lookup" or "bytes".
+        kernel: "sparse" (panel kernel over kept entries), "row_tiles" (the same for convolutions, on tiles of image
+        rows), "dense" (panel kernel over all), "winograd" (over all, with half the multiplications), "depthwise",
+        "vector" (one pixel; kept entries of each row, all where most are kept), "rows" (one pixel; all entries), or
+        for one pixel and a rounded weight "lookup" or "bytes".
         panel: rows that share a load of the input.
         part: columns worked on at a time, at most 256.
         row_block: rows per work item, 0 for all.
-        vectors: vectors of pixels per tile.
+        vectors: vectors of pixels per tile; rows of a row tile.
     """
 
     kernel: str
@@ -196,7 +197,7 @@ class LinearChoice:
         if (
             not isinstance(data, Mapping)
             or data.keys() != {"kernel", *ranges}
-            or data["kernel"] not in ("sparse", "dense", "winograd", "depthwise", *_VECTOR_KERNELS)
+            or data["kernel"] not in ("sparse", "row_tiles", "dense", "winograd", "depthwise", *_VECTOR_KERNELS)
         ):
             raise ConvertError(f"a kernel choice has a kernel, {', '.join(ranges)}; got {data!r:.120}")
         for key, (low, high) in ranges.items():
@@ -282,6 +283,11 @@ class LinearProblem:
     def pointwise(self) -> bool:
         g = self.geometry
         return self.taps == 1 and g["stride"] == (1, 1) and not any(g["padding"])
+
+    @property
+    def row_tiles(self) -> bool:
+        """Whether it can run on tiles of image rows, one of whose parts has whole channels."""
+        return self.groups == 1 and _C.row_tiles_apply(self.geometry)
 
     @property
     def winograd(self) -> bool:
@@ -524,6 +530,9 @@ def make_weight(problem: LinearProblem, choice: LinearChoice) -> Any:
         return _C.Weight.product(*weight.csr(), scales, *shape, choice.kernel == "bytes")
     if choice.kernel == "winograd":
         return _C.Weight.winograd(problem.weight, problem.geometry)
+    if choice.kernel == "row_tiles":
+        part = max(problem.taps, choice.part // problem.taps * problem.taps)
+        return _C.Weight.row_tiles(*problem.csr(), problem.geometry, part, choice.vectors)
     if choice.kernel == "dense":
         if problem.groups != 1:
             raise ConvertError(f"{problem.name}: the dense kernel has no groups")
@@ -901,13 +910,14 @@ class _Lowering:
     ) -> None:
         self.problems[node.name] = problem
         choice = self._choice(problem)
-        if choice.kernel == "winograd":
-            phases = 0  # it reads the rows as they are
+        if choice.kernel in ("winograd", "row_tiles"):
+            phases = 0  # they read the rows as they are
             if x.strides[3] != 1 and x.sizes[3] > 1:
                 x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
         if choice.kernel in _VECTOR_KERNELS and x.strides[1] != 1 and problem.channels > 1:
             x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
-        key = (node.params["weight"], node.name, choice.kernel, choice.panel, choice.part, choice.row_block)
+        height = choice.vectors if choice.kernel == "row_tiles" else 0
+        key = (node.params["weight"], node.name, choice.kernel, choice.panel, choice.part, choice.row_block, height)
         problem.forget()
         bias = _array(self.graph.constants[node.params["bias"]]) if "bias" in node.params else None
         residual = (
@@ -1328,6 +1338,7 @@ def _lookup(choices: Any, problem: LinearProblem, threads: int) -> LinearChoice 
         or (choice.kernel == "depthwise") != problem.depthwise
         or (choice.kernel == "dense" and problem.groups != 1)
         or (choice.kernel == "winograd" and not problem.winograd)
+        or (choice.kernel == "row_tiles" and not problem.row_tiles)
     ):
         return None
     if choice.kernel in ("sparse", "dense") and (entry.get("pixels") != problem.pixels or threads == 1):

@@ -18,45 +18,10 @@ from sparse_engine.convert import lower, passes
 from sparse_engine.convert.capture import capture
 from sparse_engine.convert.choose import candidates, choose
 from sparse_engine.convert.graph import Graph
-from sparse_engine.convert.lower import LinearChoice, LinearProblem, add_linear, default_choice, make_weight
+from sparse_engine.convert.lower import LinearChoice, LinearProblem, add_linear, default_choice
 from sparse_engine.convert.parts import compile_parts
 from sparse_engine.errors import ConvertError
-
-
-def problem_of(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int, int, int]) -> LinearProblem:
-    n, c, h, w = x.shape
-    rows, _, r, s = weight.shape
-    geometry = {
-        "n": n, "c": c, "h": h, "w": w, "r": r, "s": s, "stride": stride, "padding": padding, "dilation": (1, 1)
-    }  # fmt: skip
-    height = (h + padding[0] + padding[2] - r) // stride[0] + 1
-    width = (w + padding[1] + padding[3] - s) // stride[1] + 1
-    return LinearProblem("conv", weight.flatten(1).numpy(), rows, 1, geometry, n * height * width)
-
-
-def run(problem: LinearProblem, choice: LinearChoice, x: Tensor, bias: Tensor, activation: tuple[str, float, float]):
-    """[rows, images, pixels], computed on memory full of NaN."""
-    n, c, h, w = x.shape
-    plane = _C.padded_pixels(problem.pixels)
-    plan = _C.Plan(problem.rows * plane + 64, [x.numel(), problem.rows * problem.pixels])
-    plan.fill("poison", (0, 0, [problem.rows * plane], [1]), math.nan)
-    add_linear(
-        plan, problem, choice, make_weight(problem, choice), bias.numpy(),
-        (1, 0, [n, c, h, w], [c * h * w, h * w, w, 1]), (0, 0), (0, 0), plane, None, 0, activation
-    )  # fmt: skip
-    plan.copy(
-        "out", (0, 0, [problem.rows, problem.pixels], [plane, 1]),
-        (2, 0, [problem.rows, problem.pixels], [problem.pixels, 1])
-    )  # fmt: skip
-    y = torch.empty(problem.rows, n, problem.pixels // n)
-    plan.run([x.data_ptr(), y.data_ptr()], 2)
-    return y
-
-
-def reference(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int], padding: tuple[int, ...]) -> Tensor:
-    padded = nn.functional.pad(x.double(), (padding[1], padding[3], padding[0], padding[2]))
-    y = nn.functional.conv2d(padded, weight.double(), bias.double(), stride)
-    return y.flatten(2).transpose(0, 1)
+from tests.convert.one_conv import problem_of, reference, run
 
 
 @settings(max_examples=60, deadline=None)

@@ -4,6 +4,7 @@
 #include "check.h"
 #include "core/thread_pool.h"
 #include "runtime/layers.h"
+#include "runtime/row_tiles.h"
 #include "runtime/tensor_ops.h"
 #include "runtime/winograd.h"
 
@@ -121,19 +122,24 @@ void check_convolution(const Convolution& conv, int64_t batch, double density) {
         check::fail(__FILE__, __LINE__, "weight gradient of " + what.str());
 }
 
-// One convolution by Winograd's method, on `threads` threads; x is [image][channel][pixel], the result [channel][image][pixel].
-std::vector<float> winograd(const ConvGeometry& g, const std::shared_ptr<const WinogradWeight>& weight, const std::vector<float>& bias,
-                            std::vector<float> x, std::vector<float> residual, const Epilogue& epilogue, int threads) {
-    auto node = std::make_unique<WinogradNode>();
+void prepare(WinogradNode& node) { node.prepare(); }
+void prepare(RowTileNode&) {}
+
+// One convolution on `threads` threads; x is [image][channel][pixel], the result [channel][image][pixel].
+template <class ConvNode, class ConvWeight>
+std::vector<float> run_one(const ConvGeometry& g, int64_t rows, const std::shared_ptr<const ConvWeight>& weight,
+                           const std::vector<float>& bias, std::vector<float> x, std::vector<float> residual, const Epilogue& epilogue,
+                           int threads) {
+    auto node = std::make_unique<ConvNode>();
     int64_t pixels = g.batch * g.out_height() * g.out_width();
     node->geometry = g, node->weight = weight, node->bias = std::make_shared<const std::vector<float>>(bias);
     node->x = {1, 0}, node->stride_n = g.channels * g.height * g.width, node->stride_c = g.height * g.width, node->stride_h = g.width;
     node->out = {2, 0}, node->out_stride = pixels, node->epilogue = epilogue;
     if (!residual.empty()) node->has_residual = true, node->residual = {3, 0}, node->residual_stride = pixels;
-    node->prepare();
+    prepare(*node);
     Plan plan(1, 3);
     plan.add(std::move(node));
-    std::vector<float> y(static_cast<size_t>(weight->rows * pixels) + 1, kPoison);
+    std::vector<float> y(static_cast<size_t>(rows * pixels) + 1, kPoison);
     float* pointers[] = {x.data(), y.data(), residual.data()};
     plan.run(pointers, threads);
     CHECK(std::memcmp(&y.back(), &kPoison, sizeof kPoison) == 0);  // nothing written past the end
@@ -141,13 +147,19 @@ std::vector<float> winograd(const ConvGeometry& g, const std::shared_ptr<const W
     return y;
 }
 
-void check_winograd(const ConvGeometry& g, int64_t rows, bool with_residual, float odd_one) {
+// make: from the dense weight, what ConvNode takes.
+template <class ConvNode, class Make>
+void check_one(const std::string& method, const ConvGeometry& g, int64_t rows, double density, bool with_residual, float odd_one,
+               const Make& make) {
     const int64_t cols = g.channels * g.taps(), pixels = g.out_height() * g.out_width();
     Random random(static_cast<uint64_t>(cols + rows));
     std::vector<float> w = random.floats(static_cast<size_t>(rows * cols)), bias = random.floats(static_cast<size_t>(rows));
     std::vector<float> x = random.floats(static_cast<size_t>(g.batch * g.channels * g.height * g.width));
     std::vector<float> residual = random.floats(with_residual ? static_cast<size_t>(rows * g.batch * pixels) : 0);
     if (odd_one != 0) x[x.size() / 2] = odd_one;
+    if (density < 1)
+        for (float& value : w)
+            if (random.uniform() >= density) value = 0;
     std::vector<double> expected(static_cast<size_t>(rows * g.batch * pixels));
     auto at = [&](int64_t n, int64_t m, int64_t p) { return static_cast<size_t>((m * g.batch + n) * pixels + p); };
     for (int64_t n = 0; n < g.batch; n++)
@@ -155,6 +167,7 @@ void check_winograd(const ConvGeometry& g, int64_t rows, bool with_residual, flo
             for (int64_t p = 0; p < pixels; p++)
                 expected[at(n, m, p)] = double(bias[static_cast<size_t>(m)]) + (with_residual ? residual[at(n, m, p)] : 0.0f);
     Convolution{g, rows, 1}.each(g.batch, [&](int64_t k, int64_t i, int64_t o) {
+        if (density < 1 && w[static_cast<size_t>(k)] == 0) return;  // not stored
         expected[at(o / pixels / rows, o / pixels % rows, o % pixels)] += double(w[static_cast<size_t>(k)]) * x[static_cast<size_t>(i)];
     });
     Epilogue clamp{Activation::clamp, -4.0f, 4.0f};
@@ -163,8 +176,8 @@ void check_winograd(const ConvGeometry& g, int64_t rows, bool with_residual, flo
         if (std::abs(v) < 1e6) scale = std::max(scale, std::abs(v));
         v = std::isnan(v) ? v : std::min(4.0, std::max(-4.0, v));
     }
-    auto weight = std::make_shared<const WinogradWeight>(rows, g, w.data());
-    std::vector<float> y = winograd(g, weight, bias, x, residual, clamp, 1);
+    const auto weight = make(w);
+    std::vector<float> y = run_one<ConvNode>(g, rows, weight, bias, x, residual, clamp, 1);
     CHECK(y.size() == expected.size());
     bool right = true;
     for (size_t i = 0; i < y.size(); i++)
@@ -172,13 +185,56 @@ void check_winograd(const ConvGeometry& g, int64_t rows, bool with_residual, flo
     std::ostringstream what;
     what << g.channels << " -> " << rows << " channels, " << g.kernel_h << "x" << g.kernel_w << ", stride " << g.stride_h << "x"
          << g.stride_w << ", image " << g.height << "x" << g.width << ", one input " << odd_one;
-    if (!right) check::fail(__FILE__, __LINE__, "Winograd, " + what.str());
-    std::vector<float> again = winograd(g, weight, bias, x, residual, clamp, 3);
+    if (!right) check::fail(__FILE__, __LINE__, method + ", " + what.str());
+    std::vector<float> again = run_one<ConvNode>(g, rows, weight, bias, x, residual, clamp, 3);
     if (std::memcmp(y.data(), again.data(), y.size() * sizeof(float)) != 0)
-        check::fail(__FILE__, __LINE__, "Winograd on three threads, " + what.str());
+        check::fail(__FILE__, __LINE__, method + " on three threads, " + what.str());
+}
+
+void check_winograd(const ConvGeometry& g, int64_t rows, bool with_residual, float odd_one) {
+    check_one<WinogradNode>("Winograd", g, rows, 1, with_residual, odd_one,
+                            [&](const std::vector<float>& w) { return std::make_shared<const WinogradWeight>(rows, g, w.data()); });
+}
+
+void check_row_tiles(const ConvGeometry& g, int64_t rows, double density, int part, int height, bool with_residual, float odd_one) {
+    check_one<RowTileNode>("row tiles of " + std::to_string(height) + " rows", g, rows, density, with_residual, odd_one,
+                           [&](const std::vector<float>& w) {
+                               const int64_t cols = g.channels * g.taps();
+                               std::vector<int64_t> row_ptr{0};
+                               std::vector<int32_t> col;
+                               std::vector<float> values;
+                               for (int64_t r = 0; r < rows; r++) {
+                                   for (int64_t c = 0; c < cols; c++)
+                                       if (float value = w[static_cast<size_t>(r * cols + c)]; value != 0)
+                                           col.push_back(static_cast<int32_t>(c)), values.push_back(value);
+                                   row_ptr.push_back(static_cast<int64_t>(col.size()));
+                               }
+                               return std::make_shared<const RowTileMatrix>(CsrView{rows, cols, row_ptr.data(), col.data()}, values.data(),
+                                                                            g.kernel_h, g.kernel_w, part, height, kernels().lanes);
+                           });
 }
 
 }  // namespace
+
+TEST(row_tiles) {
+    set_num_threads(3);
+    const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
+    for (float odd_one : {0.0f, infinity, nan, -0.0f})
+        for (bool residual : {false, true})
+            for (int height : {1, 3, 4, 8})
+                for (double density : {0.0, 0.15, 0.6}) {
+                    // channels, image, kernel, stride, padding (top, left, bottom, right), dilation
+                    check_row_tiles({1, 5, 19, 40, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1}, 7, density, 18, height, residual, odd_one);
+                    check_row_tiles({2, 3, 17, 35, 3, 3, 1, 1, 0, 2, 2, 1, 1, 1}, 5, density, 256, height, residual, odd_one);
+                    check_row_tiles({1, 2, 9, 8, 5, 3, 1, 1, 2, 1, 2, 1, 1, 1}, 4, density, 30, height, residual, odd_one);
+                    check_row_tiles({1, 2, 3, 3, 3, 3, 1, 1, 2, 2, 2, 2, 1, 1}, 3, density, 9, height, residual, odd_one);
+                    check_row_tiles({1, 1, 30, 24, 7, 7, 1, 1, 3, 3, 3, 3, 1, 1}, 2, density, 49, height, residual, odd_one);
+                    check_row_tiles({1, 3, 12, 17, 1, 4, 1, 1, 0, 3, 0, 0, 1, 1}, 2, density, 8, height, residual, odd_one);
+                }
+    CHECK(!RowTileNode::applies({1, 1, 8, 8, 3, 3, 1, 2, 1, 1, 1, 1, 1, 1}));
+    CHECK(!RowTileNode::applies({1, 1, 8, 8, 3, 3, 1, 1, 1, 1, 1, 1, 2, 1}));
+    CHECK(!RowTileNode::applies({1, 1, 8, 8, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1}));
+}
 
 TEST(winograd_along_the_rows) {
     set_num_threads(3);
