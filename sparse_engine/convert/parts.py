@@ -414,7 +414,10 @@ def compile_parts(graph: Graph, threads: int, choices: Any = None) -> PartedPlan
     built = [lowering.build() for lowering in lowerings]
     native = _C.PartedPlan([plan for plan, _ in built], [ends for _, ends in built])
     shapes = [shape_at(graph.values[name].shape, 1) for name in cut.passed]
-    return PartedPlan(native, graph.inputs, also, shapes, _Lowering(tail, 1, choices, threads).finish(threads))
+    last = None  # the parts write the graph's outputs themselves
+    if rest or cut.passed != graph.outputs:
+        last = _Lowering(tail, 1, choices, threads).finish(threads)
+    return PartedPlan(native, graph.inputs, also, shapes, last)
 
 
 def part_problems(graph: Graph, parts: int) -> dict[str, LinearProblem]:
@@ -429,7 +432,7 @@ def part_problems(graph: Graph, parts: int) -> dict[str, LinearProblem]:
 
 @dataclass
 class _Passed:
-    """Memory of one call for what is passed to the tail, and its addresses with that of the constants."""
+    """Memory of one call for what leaves the parts, and its addresses with that of the constants."""
 
     tensors: list[Tensor]
     addresses: list[int]
@@ -439,7 +442,7 @@ class PartedPlan:
     """One image in bands of rows, one per thread; `run` may be called from several threads at once."""
 
     def __init__(
-        self, parts: Any, inputs: list[str], also: list[str], shapes: list[tuple[int, ...]], tail: NativePlan
+        self, parts: Any, inputs: list[str], also: list[str], shapes: list[tuple[int, ...]], tail: NativePlan | None
     ) -> None:
         self._parts = parts
         self._also = [inputs.index(name) for name in also]
@@ -451,12 +454,16 @@ class PartedPlan:
     def run(self, inputs: list[Tensor]) -> list[Tensor]:
         """One contiguous tensor per graph input in, one new tensor per graph output out."""
         _C.expect_job()  # what follows here takes as long as it takes to wake the other threads
+        if self._tail is None:
+            outputs = self._new()
+            self._parts.run([tensor.data_ptr() for tensor in inputs] + outputs.addresses)
+            return outputs.tensors
         passed = self._take()
         addresses = [tensor.data_ptr() for tensor in inputs] + passed.addresses
         behind = passed.tensors + [inputs[index] for index in self._also]
-        outputs = self._tail.run_after(self._parts, addresses, behind)
+        results = self._tail.run_after(self._parts, addresses, behind)
         self._idle.append(passed)
-        return outputs
+        return results
 
     def profile(self, inputs: list[Tensor]) -> list[tuple[str, float]]:
         """Seconds per native node of one run, in order; of a node that several parts run, the longest."""
@@ -469,16 +476,21 @@ class PartedPlan:
                 of_part[name] = of_part.get(name, 0.0) + time
             for name, time in of_part.items():
                 longest[name] = max(longest.get(name, 0.0), time)
+        if self._tail is None:
+            return list(longest.items())
         return list(longest.items()) + self._tail.profile(passed.tensors + [inputs[index] for index in self._also])
 
     @property
     def arena_bytes(self) -> int:
         """Bytes of working memory of one call, all threads together."""
-        return self._parts.arena_bytes + self._tail.arena_bytes
+        return self._parts.arena_bytes + (self._tail.arena_bytes if self._tail is not None else 0)
 
     def _take(self) -> _Passed:
         try:
             return self._idle.pop()
         except IndexError:  # the first call, or one beside another
-            tensors = [torch.empty(shape) for shape in self._shapes]
-            return _Passed(tensors, [tensor.data_ptr() for tensor in tensors] + [self._constants.ctypes.data])
+            return self._new()
+
+    def _new(self) -> _Passed:
+        tensors = [torch.empty(shape) for shape in self._shapes]
+        return _Passed(tensors, [tensor.data_ptr() for tensor in tensors] + [self._constants.ctypes.data])
