@@ -256,19 +256,26 @@ def _parts_of_work(spans: Sequence[Mapping[str, Any]], shape: Sequence[int], bat
     if spans[0]["band"] is not None and len(shape) == 4:
         bands = 1 + max(span["band"] for span in spans)
         rows = [rows_of(shape[2], span["band"], bands) for span in spans]
-        return [(last - first) / shape[2] for first, last in rows]
+        return [
+            (last - first)
+            / shape[2]
+            * _part_of_items(span, [other for other in spans if other["band"] == span["band"]])
+            for span, (first, last) in zip(spans, rows, strict=True)
+        ]
     # A pass takes a power of two of images; what is left of the batch runs after them, in none.
     count = len({span["pass"] for span in spans} - {None})
     each = 1 << ((batch // count).bit_length() - 1) if count else 0
-    items: dict[int | None, list[int]] = {}
-    for span in spans:
-        items.setdefault(span["pass"], []).append(span["items"])
     parts = []
     for span in spans:
         images = batch - count * each if span["pass"] is None else each
-        own, together = span["items"], sum(items[span["pass"]])
-        parts.append(images / batch * (own / together if together else 1 / len(items[span["pass"]])))
+        parts.append(images / batch * _part_of_items(span, [other for other in spans if other["pass"] == span["pass"]]))
     return parts
+
+
+def _part_of_items(span: Mapping[str, Any], spans: Sequence[Mapping[str, Any]]) -> float:
+    """A span's part of the items of work of `spans`, among which it is: several threads share them, or strips."""
+    together = sum(other["items"] for other in spans)
+    return span["items"] / together if together else 1 / len(spans)
 
 
 def _kind(name: str, nodes: Mapping[str, Any]) -> str:

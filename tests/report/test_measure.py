@@ -115,6 +115,19 @@ def test_spans_of_bands_and_their_tail(in_bands):
     assert sorted(span["name"] for span in by_kind["conv2d"]) == sorted(2 * names)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_spans_of_strips(batch, monkeypatch):
+    from sparse_engine.convert import strips
+
+    monkeypatch.setattr(strips, "_best_rows", lambda graph, first, last, shapes: (4, float(last - first)))
+    monkeypatch.setattr("sparse_engine.convert.lower._share", lambda graph, batch, choices, threads: 1)
+    executable = se.convert(_two_blocks(), (torch.randn(1, 3, 40, 40),), tune=False, threads=2)
+    profile = profile_call(executable, [torch.randn(batch, 3, 40, 40)])
+    names = [span["name"] for span in profile.spans if span["kind"] == "conv2d"]
+    assert any(names.count(name) > 2 * batch for name in names)
+    _check_spans(executable, (batch, 3, 40, 40), profile)
+
+
 def test_spans_of_a_batch_in_passes(monkeypatch):
     monkeypatch.setattr("sparse_engine.convert.lower._share", lambda graph, batch, choices, threads: min(batch, 2))
     executable = se.convert(_two_blocks(), (torch.randn(1, 3, 40, 40),), tune=False, threads=2)
