@@ -2,6 +2,7 @@
 
 Engines to compare with and real data are used where they are: ``--engines-python`` (or $SPARSE_ENGINE_PEERS) names the
 interpreter of an environment that holds ONNX Runtime, OpenVINO and DeepSparse, $SPARSE_ENGINE_DATA the data folder.
+The sweep over layers comes last, in what is left of ``--minutes``; where it stops, the next run goes on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few points of each, in a few minutes")
     parser.add_argument("--only", nargs="+", default=[], help="parts whose name contains one of these")
     parser.add_argument("--engines-python", default=os.environ.get("SPARSE_ENGINE_PEERS"))
+    parser.add_argument("--minutes", type=float, default=20, help="for everything but other engines and real data")
     options = parser.parse_args()
     quick = ["--quick"] if options.quick else []
     peers = ["--engines-python", options.engines_python] if options.engines_python else []
@@ -25,12 +27,12 @@ def main() -> int:
         "overhead": ["bench.runtime", *quick, "overhead"],
         "memory": ["bench.runtime", "memory"],
         "threads": ["bench.runtime", *quick, "threads"],
-        "layers": ["bench.kernels", *quick, "layers"],
         "precision": ["bench.kernels", *quick, "precision"],
         "structured": ["bench.structured", *quick],
         "losses": ["bench.training", *quick, "losses"],
         "training": ["bench.training", *quick, "steps"],
     }
+    own = tuple(parts)
     if os.environ.get("SPARSE_ENGINE_DATA"):
         parts["dlmc"] = ["bench.kernels", *quick, "dlmc"]
         parts["real accuracy"] = ["bench.real", "accuracy"]
@@ -38,15 +40,21 @@ def main() -> int:
     if peers:
         some = ["--only", "resnet50_90", "--rounds", "3"] if quick else ["--rounds", "4"]
         parts["networks"] = ["bench.peers", *peers, *some]
+    parts["layers"] = ["bench.kernels", *quick, "layers"]
     failed = []
+    left = 60 * options.minutes
     for name, command in parts.items():
         if options.only and not any(part in name for part in options.only):
             continue
         begin = time.perf_counter()
+        if name == "layers" and not quick:
+            command += ["--resume", "--budget", str(max(60.0, left))]
         print(f"== {name}", flush=True)
         if subprocess.run([sys.executable, "-W", "ignore", "-m", *command]).returncode != 0:
             failed.append(name)
-        print(f"== {name}: {time.perf_counter() - begin:.0f} s", flush=True)
+        seconds = time.perf_counter() - begin
+        left -= seconds if name in own else 0
+        print(f"== {name}: {seconds:.0f} s", flush=True)
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
