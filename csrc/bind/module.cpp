@@ -541,33 +541,31 @@ PYBIND11_MODULE(_C, m) {
                  b.check_planes(out, out_rows, out_stride, whole);
                  if (residual) b.check_planes(*residual, out_rows, residual_stride, whole);
                  if (bias && bias->size() != out_rows) throw std::invalid_argument(name + ": the bias does not fit the rows");
+                 auto place = [&](std::unique_ptr<ImageConvNode> node) {
+                     if (geo.width > 1 && x.strides[3] != 1) throw std::invalid_argument(name + ": the input's rows are not contiguous");
+                     node->geometry = geo, node->bias = optional_floats(bias), node->epilogue = epilogue(activation);
+                     node->x = x.ref, node->stride_n = x.strides[0], node->stride_c = x.strides[1], node->stride_h = x.strides[2];
+                     node->out = ref(out), node->out_stride = out_stride;
+                     if (residual) node->has_residual = true, node->residual = ref(*residual), node->residual_stride = residual_stride;
+                     if (auto* winograd = dynamic_cast<WinogradNode*>(node.get())) winograd->prepare();
+                     b.add(name, std::move(node));
+                 };
                  if (weight.winograd) {
                      const WinogradWeight& w = *weight.winograd;
                      if (depthwise || !WinogradWeight::applies(geo) || w.channels != geo.channels || w.kernel_h != geo.kernel_h || w.kernel_w != geo.kernel_w || w.stride_w != geo.stride_w)
                          throw std::invalid_argument(name + ": the weight does not fit the geometry");
-                     if (geo.width > 1 && x.strides[3] != 1) throw std::invalid_argument(name + ": the input's rows are not contiguous");
                      auto node = std::make_unique<WinogradNode>();
-                     node->geometry = geo, node->weight = weight.winograd, node->bias = optional_floats(bias);
-                     node->x = x.ref, node->stride_n = x.strides[0], node->stride_c = x.strides[1], node->stride_h = x.strides[2];
-                     node->out = ref(out), node->out_stride = out_stride;
-                     if (residual) node->has_residual = true, node->residual = ref(*residual), node->residual_stride = residual_stride;
-                     node->epilogue = epilogue(activation);
-                     node->prepare();
-                     b.add(name, std::move(node));
+                     node->weight = weight.winograd;
+                     place(std::move(node));
                      return;
                  }
                  if (weight.row_tiles) {
                      const RowTileMatrix& w = *weight.row_tiles;
                      if (depthwise || !RowTileNode::applies(geo) || w.channels != geo.channels || w.kernel_h != geo.kernel_h || w.kernel_w != geo.kernel_w)
                          throw std::invalid_argument(name + ": the weight does not fit the geometry");
-                     if (geo.width > 1 && x.strides[3] != 1) throw std::invalid_argument(name + ": the input's rows are not contiguous");
                      auto node = std::make_unique<RowTileNode>();
-                     node->geometry = geo, node->weight = weight.row_tiles, node->bias = optional_floats(bias);
-                     node->x = x.ref, node->stride_n = x.strides[0], node->stride_c = x.strides[1], node->stride_h = x.strides[2];
-                     node->out = ref(out), node->out_stride = out_stride;
-                     if (residual) node->has_residual = true, node->residual = ref(*residual), node->residual_stride = residual_stride;
-                     node->epilogue = epilogue(activation);
-                     b.add(name, std::move(node));
+                     node->weight = weight.row_tiles;
+                     place(std::move(node));
                      return;
                  }
                  Ref source = x.ref;

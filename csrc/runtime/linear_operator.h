@@ -78,6 +78,21 @@ class SpmmNode : public Node {
     void run(Context& context) const override;
 };
 
+// A convolution that reads the rows of its images where they are, without phases or masks.
+class ImageConvNode : public Node {
+  public:
+    ConvGeometry geometry;
+    std::shared_ptr<const std::vector<float>> bias;  // or null
+    Ref x;
+    int64_t stride_n = 0, stride_c = 0, stride_h = 0;
+    Ref out;  // planes [channel][image][pixel]
+    int64_t out_stride = 0;
+    bool has_residual = false;
+    Ref residual;
+    int64_t residual_stride = 0;
+    Epilogue epilogue;
+};
+
 class PhaseNode : public Node {
   public:
     ConvGeometry geometry;

@@ -10,22 +10,12 @@
 
 namespace sparse_engine {
 
-class RowTileNode : public Node {
+class RowTileNode : public ImageConvNode {
   public:
     // Strides and dilations of one, more than one tap.
     static bool applies(const ConvGeometry& g);
 
-    ConvGeometry geometry;
     std::shared_ptr<const RowTileMatrix> weight;
-    std::shared_ptr<const std::vector<float>> bias;  // or null
-    Ref x;
-    int64_t stride_n = 0, stride_c = 0, stride_h = 0;
-    Ref out;  // planes [channel][image][pixel]
-    int64_t out_stride = 0;
-    bool has_residual = false;
-    Ref residual;
-    int64_t residual_stride = 0;
-    Epilogue epilogue;
 
     void run(Context& context) const override;
 };

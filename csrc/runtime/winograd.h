@@ -37,19 +37,9 @@ class WinogradWeight {
     static constexpr float kLargest = 1e18f;        // of weights and inputs: sums of their transforms stay finite
 };
 
-class WinogradNode : public Node {
+class WinogradNode : public ImageConvNode {
   public:
-    ConvGeometry geometry;
     std::shared_ptr<const WinogradWeight> weight;
-    std::shared_ptr<const std::vector<float>> bias;
-    Ref x;
-    int64_t stride_n = 0, stride_c = 0, stride_h = 0;
-    Ref out;  // planes [channel][image][pixel]
-    int64_t out_stride = 0;
-    bool has_residual = false;
-    Ref residual;
-    int64_t residual_stride = 0;
-    Epilogue epilogue;
 
     void prepare();  // after the members above are set
     void run(Context& context) const override;

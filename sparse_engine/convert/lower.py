@@ -766,7 +766,11 @@ class _Lowering:
         self.spare = self._spare(chain, name)
         self.places[name] = self.new(self.shape(name), [1])
         self.spare = 0
-        self._emit_strips(nodes, chain.rows, 0, self.shape(name)[2])
+        self._emit_strips(nodes, chain.rows, *self.own(name))
+
+    def own(self, name: str) -> tuple[int, int]:
+        """The rows [first, last) of a value that this plan makes: all."""
+        return 0, self.shape(name)[2]
 
     def _spare(self, chain: Chain, name: str) -> int:
         """Room at the end of a plane for a strip that begins inside a vector and ends with a whole one."""

@@ -244,14 +244,6 @@ class _PartLowering(_Lowering):
         lower(replace(padded(node, rows, height), inputs=[seen, *node.inputs[1:]]))
         del self.places[seen]
 
-    def emit_chain(self, chain: Chain) -> None:
-        nodes = self.graph.nodes[chain.first : chain.last]
-        name = nodes[-1].output
-        self.spare = self._spare(chain, name)
-        self.places[name] = self.new(self.shape(name), [1])
-        self.spare = 0
-        self._emit_strips(nodes, chain.rows, *self.own(name))
-
     # -- stages
 
     def emit_steps(self) -> None:

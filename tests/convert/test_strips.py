@@ -10,19 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import sparse_engine as se
-from sparse_engine.convert import lower, passes, strips
-from sparse_engine.convert.capture import capture
+from sparse_engine.convert import lower, strips
 from sparse_engine.convert.choose import choose
 from sparse_engine.convert.graph import Graph, shape_at
 from sparse_engine.convert.parts import PartedPlan, compile_parts
-
-
-def graph_of(model: nn.Module, x: Tensor) -> Graph:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(torch.rand_like(parameter) > 0.6)
-    return passes.optimise(capture(model.eval(), (x,)).graph)
+from tests.convert.test_parts import graph_of
 
 
 def chains_of(graph: Graph) -> list[list[str]]:
