@@ -637,10 +637,25 @@ class _Lowering:
             step *= max(1, sizes[d])
         return _Place(_Storage(max(1, step)), 0, sizes, tuple(strides))
 
-    def new_output(self, sizes: Sequence[int]) -> _Place:
-        """A place for images that a node makes, in channel planes."""
+    def new_output(self, sizes: Sequence[int], name: str = "") -> _Place:
+        """A place for images that a node makes, in channel planes; of a named value perhaps the caller's memory."""
         target, self.target = self.target, None
+        target = target or self._callers(name)
         return self.new(sizes, [1]) if target is None else target
+
+    def _callers(self, name: str) -> _Place | None:
+        """The caller's memory for an output that nothing else reads, where kernels that write whole vectors of planes
+        write no further."""
+        graph = self.graph
+        if name not in graph.outputs or name in self.last_use:
+            return None
+        place = self._own_rows(self.outside(len(graph.inputs) + graph.outputs.index(name), name), name)
+        channels_only = place.sizes[0] == 1 and place.sizes[1] > 0
+        return place if channels_only and _suits(place, place.sizes[2] * place.sizes[3]) else None
+
+    def _own_rows(self, place: _Place, name: str) -> _Place:
+        """What this plan makes of an output."""
+        return place
 
     def like(self, reference: _Place, sizes: Sequence[int]) -> _Place:
         """A fresh place for `sizes` in the memory order of `reference` (of the same rank)."""
@@ -742,7 +757,8 @@ class _Lowering:
                 continue
             if math.prod(self.shape(name)):
                 target = self.outside(len(graph.inputs) + index, name)
-                self.copy(self.places[name], target, f"output.{name}")
+                if not self._same_memory(self.places[name], target):
+                    self.copy(self.places[name], target, f"output.{name}")
         self.arena = self._memory_plan()
 
     # -- strips
@@ -815,7 +831,7 @@ class _Lowering:
 
     def outside(self, index: int, name: str) -> _Place:
         """Where the caller keeps a value: inputs and outputs, counted together, are contiguous tensors."""
-        sizes = self.shape(name)
+        sizes = shape_at(self.graph.values[name].shape, self.batch)
         storage = _Storage(max(1, math.prod(sizes)), index + 1)
         return _Place(storage, 0, sizes, tuple(_contiguous_strides(sizes)))
 
@@ -869,14 +885,14 @@ class _Lowering:
         problem = self.problem(node, rows, attrs["groups"], geometry, pixels)
         phases = _C.phase_floats(geometry)
         if phases == 0:
-            # A 1×1 convolution without padding reads whole planes; anything shifted reads through masks, so the
-            # user's own memory will do.
-            direct = x.is_planes(1) and (not problem.pointwise or x.storage.root()[0].buffer == 0)
+            # A 1×1 convolution without padding reads whole vectors of planes; anything shifted reads through masks, so
+            # the user's own memory will do.
+            direct = x.is_planes(1) and (not problem.pointwise or x.storage.root()[0].buffer == 0 or _suits(x, pixels))
             if not direct or (problem.pixels == 1 and x.strides[1] != 1):
                 x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
         elif x.strides[3] > 2 or x.strides[3] < 1:
             x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
-        out = self.new_output(sizes)
+        out = self.new_output(sizes, node.output)
         self._linear_operator(node, problem, x, out, 1, phases)
 
     def op_linear(self, node: Node) -> None:
@@ -962,6 +978,8 @@ class _Lowering:
         """Whether the node being lowered is the last to need a value, and its output could lie in the same memory."""
         storage = value.storage
         if storage.root()[0] is not storage or storage.buffer != 0 or storage.floats != out.storage.floats:
+            return False
+        if out.storage.buffer != 0:
             return False
         if (value.offset, value.sizes, value.strides) != (out.offset, out.sizes, out.strides):
             return False
@@ -1209,7 +1227,11 @@ class _Lowering:
     @staticmethod
     def _same_memory(a: _Place, b: _Place) -> bool:
         (root_a, offset_a), (root_b, offset_b) = a.storage.root(), b.storage.root()
-        return root_a is root_b and offset_a + a.offset == offset_b + b.offset and _equal_strides(a, b)
+        if root_a is root_b:
+            same = offset_a + a.offset == offset_b + b.offset
+        else:  # outside the arena offsets are final
+            same = root_a.buffer != 0 and a.at() == b.at()
+        return same and _equal_strides(a, b)
 
     @staticmethod
     def _adopt(part: _Place, target: _Place, out: _Place, dim: int) -> bool:
@@ -1303,6 +1325,22 @@ def _wrap(address: int, place: _Place) -> Tensor:
     floats = 1 + sum((size - 1) * stride for size, stride in zip(place.sizes, place.strides, strict=True))
     memory = (ctypes.c_float * floats).from_address(address)
     return torch.frombuffer(memory, dtype=torch.float32).as_strided(place.sizes, place.strides)
+
+
+_L1_SETS = 64  # of cache lines
+_SPREAD = 4  # lines: what a tile has of a plane
+
+
+def _suits(place: _Place, pixels: int) -> bool:
+    """Whether kernels may read or write the planes of a place outside the arena: whole vectors end with the last pixel,
+    lines are not crossed, and the planes' beginnings do not all fall into few sets of the L1."""
+    distance = place.strides[1]
+    return (
+        pixels % LANES == 0
+        and place.offset % _ALIGN == 0
+        and distance % _ALIGN == 0
+        and math.gcd(distance // _ALIGN, _L1_SETS) <= _SPREAD
+    )
 
 
 def _equal_strides(a: _Place, b: _Place) -> bool:

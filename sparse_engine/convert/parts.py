@@ -224,6 +224,16 @@ class _PartLowering(_Lowering):
         sizes = (place.sizes[0], place.sizes[1], high - low, place.sizes[3])
         return place.with_view(sizes, place.strides, (low - first) * place.strides[2])
 
+    def _callers(self, name: str) -> _Place | None:
+        # Either every part writes to the caller's memory or none.
+        found = [_Lowering._callers(other, name) for other in self.others]
+        return found[self.part] if found and None not in found else None
+
+    def _own_rows(self, place: _Place, name: str) -> _Place:
+        first, last = self.own(name)
+        sizes = (*place.sizes[:2], last - first, place.sizes[3])
+        return place.with_view(sizes, place.strides, first * place.strides[2])
+
     # -- nodes
 
     def op_conv2d(self, node: Node) -> None:
@@ -249,9 +259,7 @@ class _PartLowering(_Lowering):
     def emit_steps(self) -> None:
         graph = self.graph
         for index, name in enumerate(graph.inputs):
-            sizes = super().shape(name)
-            storage = _Storage(max(1, math.prod(sizes)), index + 1)
-            self.places[name] = _Place(storage, 0, sizes, tuple(_contiguous_strides(sizes)))
+            self.places[name] = self.outside(index, name)
         behind = 0  # nodes before this one belong to a chain
         for self.index, node in enumerate(graph.nodes):
             if self.index < behind:
@@ -270,10 +278,12 @@ class _PartLowering(_Lowering):
                 self.emit_chain(chain)
         # The last stage: every part copies the channels that its thread will read in the tail, of all rows.
         self._hold()
-        self.marks.append(len(self.steps))
-        for index, name in enumerate(graph.outputs):
+        kept = [(index, name) for index, name in enumerate(graph.outputs) if self.places[name].storage.buffer == 0]
+        if kept:
+            self.marks.append(len(self.steps))
+        for index, name in kept:
             self.step(lambda plan, index=index, name=name: self._emit_output(plan, index, name), [self.places[name]])
-        self.held = [self.places[name] for name in graph.outputs]
+        self.held = [self.places[name] for _, name in kept]
         self._hold()
         self.arena = self._memory_plan()
 

@@ -80,3 +80,58 @@ def test_samples_that_would_have_to_be_permuted_are_taken_one_by_one() -> None:
     assert min(moved[1:]) > moved[0]  # else this model would show nothing
     assert lower._share(executable.graph, 6, None, 2) == 1
     torch.testing.assert_close(plan.run([x])[0], model(x), rtol=1e-4, atol=1e-5)
+
+
+def sparse_conv(channels: int, rows: int, kernel: int) -> nn.Conv2d:
+    conv = nn.Conv2d(channels, rows, kernel, padding=kernel // 2).eval()
+    with torch.no_grad():
+        conv.weight.mul_(torch.rand_like(conv.weight) < 0.3)
+    return conv
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize(
+    ("height", "width", "direct"), [(28, 28, True), (12, 20, True), (8, 8, True), (32, 32, False), (7, 7, False)]
+)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_outputs_are_written_where_the_caller_wants_them(
+    kernel: int, height: int, width: int, direct: bool, threads: int
+) -> None:
+    """Nothing before and behind them is touched, and no copy is made where whole vectors end with each plane."""
+    torch.manual_seed(0)
+    model = nn.Sequential(sparse_conv(5, 7, kernel), nn.ReLU())
+    room = torch.randn(5 * height * width + 8)
+    x = room[3 : 3 + 5 * height * width].view(1, 5, height, width)  # begins anywhere in a cache line
+    executable = se.convert(model, (x,), tune=False, threads=threads)
+    expected = model(x).detach()
+    for given in (x, x.clone()):
+        assert se.convert.relative_error(executable(given), expected) <= 1e-5
+    plan = lower._Lowering(executable.graph, 1, None, threads).finish(threads)
+    names = [name for name, _ in plan.profile([x])]
+    assert any(name.startswith("output.") for name in names) != direct
+    assert any(name.endswith(".layout") for name in names) == (kernel == 1 and not direct)
+    count = 7 * height * width
+    around = torch.full((count + 64,), float("nan"))
+    (y,) = plan.run([x], [around[32 : 32 + count].view(1, 7, height, width)])
+    assert se.convert.relative_error(y, expected) <= 1e-5
+    assert around[:32].isnan().all()
+    assert around[32 + count :].isnan().all()
+
+
+def test_an_output_that_is_read_again_or_twice_is_copied() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = sparse_conv(3, 4, 3), sparse_conv(4, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            y = self.a(x)
+            z = self.b(y) + y
+            return y, z, z
+
+    torch.manual_seed(0)
+    model, x = Twice().eval(), torch.randn(1, 3, 20, 12)
+    for threads in (1, 2):
+        executable = se.convert(model, (x,), tune=False, threads=threads)
+        for found, expected in zip(executable(x), model(x), strict=True):
+            assert se.convert.relative_error(found, expected.detach()) <= 1e-5
