@@ -885,9 +885,14 @@ class _Lowering:
         problem = self.problem(node, rows, attrs["groups"], geometry, pixels)
         phases = _C.phase_floats(geometry)
         if phases == 0:
-            # A 1×1 convolution without padding reads whole vectors of planes; anything shifted reads through masks, so
-            # the user's own memory will do.
-            direct = x.is_planes(1) and (not problem.pointwise or x.storage.root()[0].buffer == 0 or _suits(x, pixels))
+            # A 1×1 convolution without padding reads whole vectors of planes. Anything shifted reads through masks, as
+            # this does where planes follow each other without room for whole vectors: the user's own memory will do.
+            direct = x.is_planes(1) and (
+                not problem.pointwise
+                or x.storage.root()[0].buffer == 0
+                or _suits(x, pixels)
+                or (pixels % LANES != 0 and x.strides[1] == pixels > _MASKED_FROM)
+            )
             if not direct or (problem.pixels == 1 and x.strides[1] != 1):
                 x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
         elif x.strides[3] > 2 or x.strides[3] < 1:
@@ -1327,6 +1332,7 @@ def _wrap(address: int, place: _Place) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.float32).as_strided(place.sizes, place.strides)
 
 
+_MASKED_FROM = 128  # pixels: fewer are cut by rows of the weight, each of which would bring its own copy
 _L1_SETS = 64  # of cache lines
 _SPREAD = 4  # lines: what a tile has of a plane
 
