@@ -221,7 +221,7 @@ class LinearProblem:
 
     rows_of_weight: Callable[[], tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]] | None = None
     rounded: RoundedWeight | None = None  # the weight where it is kept in another precision
-    times: int = 1  # how often it is computed for an image: once for each strip
+    times: float = 1  # how often it is computed for an image: once for each strip
     _weight: numpy.ndarray | None = None
     _entries: dict[int, int] = field(default_factory=dict)
 
@@ -641,7 +641,11 @@ class _Lowering:
         """A place for images that a node makes, in channel planes; of a named value perhaps the caller's memory."""
         target, self.target = self.target, None
         target = target or self._callers(name)
-        return self.new(sizes, [1]) if target is None else target
+        return self.new_value(sizes) if target is None else target
+
+    def new_value(self, sizes: Sequence[int]) -> _Place:
+        """A fresh place for the images of the value that is being made; what is only in between has `new`."""
+        return self.new(sizes, [1])
 
     def _callers(self, name: str) -> _Place | None:
         """The caller's memory for an output that nothing else reads, where kernels that write whole vectors of planes
@@ -780,7 +784,7 @@ class _Lowering:
         nodes = self.graph.nodes[chain.first : chain.last]
         name = nodes[-1].output
         self.spare = self._spare(chain, name)
-        self.places[name] = self.new(self.shape(name), [1])
+        self.places[name] = self.new_value(self.shape(name))
         self.spare = 0
         self._emit_strips(nodes, chain.rows, *self.own(name))
 
@@ -790,22 +794,27 @@ class _Lowering:
 
     def _spare(self, chain: Chain, name: str) -> int:
         """Room at the end of a plane for a strip that begins inside a vector and ends with a whole one."""
-        return 0 if chain.rows * self.shape(name)[3] % LANES == 0 else LANES
+        return 0 if chain.rows * self.shape(name)[3] % _ALIGN == 0 else _ALIGN
 
     def _emit_strips(self, nodes: Sequence[Node], step: int, begin: int, end: int) -> None:
         """The rows [begin, end) of a chain's output, whose place is there already, `step` at a time."""
         heights = {node.inputs[0]: self.height(node.inputs[0]) for node in nodes}
-        heights[nodes[-1].output] = self.height(nodes[-1].output)
+        largest: dict[str, LinearProblem] = {}
+        pixels: dict[str, int] = {}
         for first in range(begin, end, step):
             strips = rows_in_chain(self.graph, nodes, heights, first, min(end, first + step))
             x = self.rows(nodes[0].inputs[0], *strips[0].read)
             for node, rows in zip(nodes, strips, strict=True):
-                x = self._strip(node, rows, x, heights[node.output], node is nodes[-1])
-        for node in nodes:
-            if node.name in self.problems:
-                self.problems[node.name].times = -(-(end - begin) // step)
+                x = self._strip(node, rows, x, node is nodes[-1])
+                if node.name in self.problems:
+                    problem = self.problems[node.name]
+                    largest[node.name] = max(largest.get(node.name, problem), problem, key=lambda p: p.pixels)
+                    pixels[node.name] = pixels.get(node.name, 0) + problem.pixels
+        for name, problem in largest.items():  # a usual strip stands for all
+            problem.times = pixels[name] / problem.pixels
+            self.problems[name] = problem
 
-    def _strip(self, node: Node, rows: Rows, x: _Place, height: int, last: bool) -> _Place:
+    def _strip(self, node: Node, rows: Rows, x: _Place, last: bool) -> _Place:
         """Lower a node for some rows of its output. Its input is at `x`; a chain's last node has its place already."""
         seen, added, made = f"{node.name} reads", f"{node.name} adds", f"{node.name} makes"
         _, channels, _, width = shape_at(self.graph.values[node.output].shape, 1)
@@ -815,7 +824,7 @@ class _Lowering:
         if len(node.inputs) == 2:
             self.places[added] = self.rows(node.inputs[1], *rows.out)
             inputs.append(added)
-        changed = dataclasses.replace(padded(node, rows, height), inputs=inputs, outputs=[made])
+        changed = dataclasses.replace(padded(node, rows), inputs=inputs, outputs=[made])
         self.target = self.rows(node.output, *rows.out) if last else None
         if node.op == "conv2d":
             _Lowering.op_conv2d(self, changed)

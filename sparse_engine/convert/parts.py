@@ -35,7 +35,7 @@ from sparse_engine.convert.lower import (
     _Place,
     _Storage,
 )
-from sparse_engine.convert.strips import Chain, find_chains, padded, rows_in_chain, window, with_kernel
+from sparse_engine.convert.strips import Chain, find_chains, padded, reads_something, rows_in_chain, window, with_kernel
 
 _ROWS = 3  # a part keeps at least so many rows of every value, or the halos outweigh the work
 _WORTH = 0.75  # of the graph's multiplications must be in layers that can be cut
@@ -101,7 +101,9 @@ def find_cut(graph: Graph, parts: int) -> Cut | None:
         if index != count:
             continue
         chain = found.get(index)
-        if chain is not None and _chain_can_be_cut(graph, graph.nodes[index : chain.last], body, shapes, parts):
+        if chain is not None and _chain_can_be_cut(
+            graph, graph.nodes[index : chain.last], chain.rows, body, shapes, parts
+        ):
             nodes, chains[index] = graph.nodes[index : chain.last], chain
         elif _can_be_cut(graph, node, body, shapes, parts):
             nodes = [node]
@@ -140,14 +142,17 @@ def _rows_read(
 
 
 def _chain_can_be_cut(
-    graph: Graph, nodes: list[Node], body: set[str], shapes: dict[str, tuple[int, ...]], parts: int
+    graph: Graph, nodes: list[Node], rows: int, body: set[str], shapes: dict[str, tuple[int, ...]], parts: int
 ) -> bool:
+    """Whether a chain in strips of so many rows can run in each part."""
     known = set(body)
     for node in nodes:
         if not _can_be_cut(graph, node, known, shapes, parts):
             return False
         known.add(node.output)
-    return True
+    heights = {name: shapes[name][2] for node in nodes for name in (node.inputs[0], node.output)}
+    own = (rows_of(heights[nodes[-1].output], part, parts) for part in range(parts))
+    return all(reads_something(graph, nodes, heights, rows, *part) for part in own)
 
 
 def _can_be_cut(graph: Graph, node: Node, body: set[str], shapes: dict[str, tuple[int, ...]], parts: int) -> bool:
@@ -198,11 +203,11 @@ class _PartLowering(_Lowering):
         first, last = self.own(name)
         return (sizes[0], sizes[1], last - first, sizes[3])
 
-    def new(self, sizes: Sequence[int], outer: Sequence[int] | None = None) -> _Place:
+    def new_value(self, sizes: Sequence[int]) -> _Place:
         """A value's own rows start on a cache line; the rows of its neighbours lie around them."""
         name = self.making
         if name in self.made or tuple(sizes) != self.shape(name):
-            return super().new(sizes, outer)
+            return super().new_value(sizes)
         self.made.add(name)
         _, channels, rows, width = sizes
         first, last = self.own(name)
@@ -215,7 +220,7 @@ class _PartLowering(_Lowering):
         return _Place(_Storage(channels * pitch), lead, (1, channels, rows, width), strides)
 
     def like(self, reference: _Place, sizes: Sequence[int]) -> _Place:
-        return self.new(sizes, [1])
+        return self.new_value(sizes)
 
     def rows(self, name: str, low: int, high: int) -> _Place:
         """The rows [low, high) of a value, which are its own or its halo."""
@@ -244,14 +249,11 @@ class _PartLowering(_Lowering):
 
     def _on_window(self, node: Node, lower: Any) -> None:
         name = node.inputs[0]
-        height = self.height(node.output)
-        (rows,) = rows_in_chain(
-            self.graph, [node], {name: self.height(name), node.output: height}, *self.own(node.output)
-        )
+        (rows,) = rows_in_chain(self.graph, [node], {name: self.height(name)}, *self.own(node.output))
         # Under a name of its own: the same value may come in once more, as the residual.
         seen = f"{name} through the window of {node.name}"
         self.places[seen] = self.rows(name, *rows.read)
-        lower(replace(padded(node, rows, height), inputs=[seen, *node.inputs[1:]]))
+        lower(replace(padded(node, rows), inputs=[seen, *node.inputs[1:]]))
         del self.places[seen]
 
     # -- stages

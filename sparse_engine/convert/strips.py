@@ -72,16 +72,11 @@ def with_kernel(graph: Graph, node: Node) -> Node:
     return replace(node, attrs={**node.attrs, "kernel": constant_shape(graph, node.params["weight"])[2:]})
 
 
-def padded(node: Node, rows: Rows, height: int) -> Node:
-    """The node as it computes some rows: with the padding that these have above and below.
-
-    Args:
-        height: rows of its whole output.
-    """
+def padded(node: Node, rows: Rows) -> Node:
+    """The node as it computes some rows: with the padding that these have above and below."""
     _, left, bottom, right = node.attrs["padding"]
-    below = rows.below
-    if node.op == "avg_pool2d":  # its divisor depends on how far the padding goes, not on how far windows reach
-        below = bottom if rows.out[1] == height else 0
+    # The divisor of an average depends on how far the padding goes, not on how far windows reach.
+    below = min(rows.below, bottom) if node.op == "avg_pool2d" else rows.below
     return replace(node, attrs={**node.attrs, "padding": (rows.above, left, below, right)})
 
 
@@ -142,7 +137,14 @@ def _joins(graph: Graph, node: Node, shapes: Mapping[str, tuple[int, ...]], firs
     if node.op not in _WINDOWS or len(node.outputs) != 1:
         return False
     sizes = shapes[node.output]
-    if len(sizes) != 4 or sizes[0] != 1 or math.prod(sizes) == 0 or graph.values[node.output].dtype != "float32":
+    # A strip of a single pixel would get the kernel for vectors, which knows no planes.
+    if (
+        len(sizes) != 4
+        or sizes[0] != 1
+        or sizes[3] < 2
+        or math.prod(sizes) == 0
+        or graph.values[node.output].dtype != "float32"
+    ):
         return False
     if first and (len(shapes[node.inputs[0]]) != 4 or graph.values[node.inputs[0]].dtype != "float32"):
         return False
@@ -187,15 +189,16 @@ def _best_rows(graph: Graph, first: int, last: int, shapes: Mapping[str, tuple[i
         # A strip that ends inside a vector of pixels is begun again by the next one.
         if rows * width % 16:
             cost += 0.02 * sum(products) / _PRODUCTS_PER_SECOND
-        if saved - cost > best[1] and _reads_something(graph, nodes, heights, rows):
+        if saved - cost > best[1] and reads_something(graph, nodes, heights, rows, 0, height):
             best = (rows, saved - cost)
     return best
 
 
-def _reads_something(graph: Graph, nodes: Sequence[Node], heights: Mapping[str, int], rows: int) -> bool:
-    """Whether every strip has rows to read: windows can lie in the padding altogether."""
-    height = heights[nodes[-1].output]
-    strips = (rows_in_chain(graph, nodes, heights, r, min(height, r + rows)) for r in range(0, height, rows))
+def reads_something(
+    graph: Graph, nodes: Sequence[Node], heights: Mapping[str, int], rows: int, begin: int, end: int
+) -> bool:
+    """Whether every strip of the rows [begin, end) has rows to read: windows can lie in the padding altogether."""
+    strips = (rows_in_chain(graph, nodes, heights, r, min(end, r + rows)) for r in range(begin, end, rows))
     return all(of.read[0] < of.read[1] for strip in strips for of in strip)
 
 
@@ -209,4 +212,4 @@ def _products(graph: Graph, node: Node, shapes: Mapping[str, tuple[int, ...]]) -
     return float(math.prod(shapes[node.output]))
 
 
-__all__ = ["Chain", "Rows", "find_chains", "padded", "rows_in_chain", "window", "with_kernel"]
+__all__ = ["Chain", "Rows", "find_chains", "padded", "reads_something", "rows_in_chain", "window", "with_kernel"]

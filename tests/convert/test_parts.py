@@ -128,6 +128,16 @@ def test_several_values_leave_the_parts() -> None:
     assert any(name.endswith(".halo") for name, _ in plan.profile([torch.randn(1, 3, 33, 17)]))
 
 
+@pytest.mark.parametrize("size", [(16, 16), (33, 20), (64, 64), (28, 28)])
+@pytest.mark.parametrize("first", [1, 3])
+def test_an_input_that_is_copied_first(first: int, size: tuple[int, int]) -> None:
+    """A copy of the input as large as the layer's output must not take its place, which has room for a halo."""
+    torch.manual_seed(0)
+    last = [nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)]
+    check(nn.Sequential(nn.Conv2d(8, 8, first, padding=first // 2), *last), torch.randn(1, 8, *size), 2)
+    check(nn.Sequential(nn.Conv2d(8, 8, 1), nn.MaxPool2d(3, 1, 1), last[0]), torch.randn(1, 8, *size), 3)
+
+
 def test_a_window_wider_than_a_neighbours_band() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 3, (15, 3), padding=(7, 1)), nn.ReLU())

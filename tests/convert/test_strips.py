@@ -28,7 +28,9 @@ def always(monkeypatch: pytest.MonkeyPatch, rows: int, longest: int = 6) -> None
     def best_rows(graph: Graph, first: int, last: int, shapes: dict[str, tuple[int, ...]]) -> tuple[int, float]:
         nodes = graph.nodes[first:last]
         heights = {name: shapes[name][2] for node in nodes for name in (node.inputs[0], node.output)}
-        fits = last - first <= longest and strips._reads_something(graph, nodes, heights, rows)
+        fits = last - first <= longest and strips.reads_something(
+            graph, nodes, heights, rows, 0, heights[nodes[-1].output]
+        )
         return rows, float((last - first) ** 2) if fits else 0.0
 
     monkeypatch.setattr(strips, "_best_rows", best_rows)
@@ -65,7 +67,7 @@ def check(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch, rows: in
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 8, 100])
-@pytest.mark.parametrize("height", [24, 27])
+@pytest.mark.parametrize("height", [24, 26, 27])
 @pytest.mark.parametrize(
     "layer",
     [
@@ -86,6 +88,9 @@ def check(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch, rows: in
         nn.AvgPool2d(3, 2, 1),
         nn.AvgPool2d(3, 1, 1, count_include_pad=False),
         nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+        nn.AvgPool2d(5, 1, 2),
+        nn.AvgPool2d(5, 2, 2, ceil_mode=True),
+        nn.AvgPool2d(5, 1, 2, divisor_override=7),
     ],
     ids=str,
 )
@@ -94,6 +99,30 @@ def test_layers(layer: nn.Module, height: int, rows: int, monkeypatch: pytest.Mo
     channels = layer.out_channels if isinstance(layer, nn.Conv2d) else 4
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), layer, nn.Conv2d(channels, 5, 3, padding=1))
     check(model, torch.randn(1, 3, height, 19), monkeypatch, rows)
+
+
+@pytest.mark.parametrize("height", [17, 19, 33])
+def test_images_of_one_column_are_not_cut(height: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, (3, 1), padding=(1, 0)), nn.ReLU(), nn.Conv2d(6, 5, 1))
+    x = torch.randn(1, 3, height, 1)
+    graph = graph_of(model, x)
+    always(monkeypatch, 4)
+    assert chains_of(graph) == []
+    for threads in (1, 2):
+        (found,) = lower.compile(graph, 1, threads).run([x])
+        assert se.convert.relative_error(found, model(x).detach()) <= 1e-5
+
+
+def test_windows_in_the_padding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 1, padding=1))
+    x = torch.randn(1, 3, 64, 20)
+    graph = graph_of(model, x)
+    always(monkeypatch, 8)
+    for threads in (1, 2):
+        (found,) = lower.compile(graph, 1, threads).run([x])
+        assert se.convert.relative_error(found, model(x).detach()) <= 1e-5
 
 
 class Blocks(nn.Module):
