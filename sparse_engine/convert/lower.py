@@ -598,9 +598,8 @@ class _Lowering:
         self.constants_buffer = len(graph.inputs) + len(graph.outputs) + 1
         self.arena = 0
         self.copied = 0  # floats that copies between layouts move
-        self.strip_sizes: dict[
-            str, tuple[int, ...]
-        ] = {}  # of values that are made strip by strip, under names of their own
+        # What a strip has of a value goes by a name of its own.
+        self.strip_sizes: dict[str, tuple[int, ...]] = {}
         self.target: _Place | None = None  # where the value that is made next is to lie
         self.spare = 0  # floats of room at the end of its planes
         self.index = 0  # of the node being lowered

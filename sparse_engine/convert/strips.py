@@ -95,7 +95,7 @@ def find_chains(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[int
 
     Example::
 
-        find_chains(graph, shapes)[0].rows      # of the first chain of VGG-16: 8
+        find_chains(graph, shapes)[0].last      # VGG-16: 3, the first two convolutions and a pooling
 
     Args:
         graph: optimised, computing in float32.
