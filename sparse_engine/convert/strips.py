@@ -165,7 +165,7 @@ def _best_rows(graph: Graph, first: int, last: int, shapes: Mapping[str, tuple[i
     products = [_products(graph, node, shapes) for node in nodes]
     weights = sum(constant_nonzeros(graph, node.params["weight"]) for node in nodes if node.op == "conv2d")
     height, width = shapes[nodes[-1].output][2:]
-    best = (0, 0.0)
+    found: list[tuple[float, int]] = []
     for strips in range(2, height + 1):
         rows = -(-height // strips)
         if -(-height // rows) != strips:
@@ -189,9 +189,12 @@ def _best_rows(graph: Graph, first: int, last: int, shapes: Mapping[str, tuple[i
         # A strip that ends inside a vector of pixels is begun again by the next one.
         if rows * width % 16:
             cost += 0.02 * sum(products) / _PRODUCTS_PER_SECOND
-        if saved - cost > best[1] and reads_something(graph, nodes, heights, rows, 0, height):
-            best = (rows, saved - cost)
-    return best
+        if saved > cost:
+            found.append((saved - cost, rows))
+    for gain, rows in sorted(found, reverse=True):
+        if reads_something(graph, nodes, heights, rows, 0, height):
+            return rows, gain
+    return 0, 0.0
 
 
 def reads_something(
