@@ -109,13 +109,14 @@ def find_chains(graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> dict[int
     # The best way to cut nodes [i, count) into chains and single nodes, from the last one backwards.
     gains = [0.0] * (count + 1)
     best: list[Chain | None] = [None] * count
+    kept = {node.name: constant_nonzeros(graph, node.params["weight"]) for node in graph.nodes if node.op == "conv2d"}
     for first in reversed(range(count)):
         gains[first] = gains[first + 1]
         for last in range(first + 1, min(count, first + _LONGEST) + 1):
             if not _joins(graph, graph.nodes[last - 1], shapes, first == last - 1):
                 break
             if last - first > 1:
-                rows, gain = _best_rows(graph, first, last, shapes)
+                rows, gain = _best_rows(graph, first, last, shapes, kept)
                 if gain > 0 and gain + gains[last] > gains[first]:
                     gains[first], best[first] = gain + gains[last], Chain(first, last, rows)
             following = graph.nodes[last] if last < count else None
@@ -151,8 +152,13 @@ def _joins(graph: Graph, node: Node, shapes: Mapping[str, tuple[int, ...]], firs
     return all(shapes[name] == sizes and name not in graph.inputs for name in node.inputs[1:])
 
 
-def _best_rows(graph: Graph, first: int, last: int, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, float]:
-    """Rows of a strip, and the seconds that strips of so many rows save; 0 or less where they do not pay."""
+def _best_rows(
+    graph: Graph, first: int, last: int, shapes: Mapping[str, tuple[int, ...]], kept: Mapping[str, int]
+) -> tuple[int, float]:
+    """Rows of a strip, and the seconds that strips of so many rows save; 0 or less where they do not pay.
+
+    kept: non-zeros of each convolution, by its name.
+    """
     nodes = graph.nodes[first:last]
     floats = {name: math.prod(shapes[name]) for node in nodes for name in (node.inputs[0], node.output)}
     heights = {name: shapes[name][2] for name in floats}
@@ -162,8 +168,8 @@ def _best_rows(graph: Graph, first: int, last: int, shapes: Mapping[str, tuple[i
     saved = sum(count / (_FLOATS_PER_SECOND if count <= share else _FLOATS_PER_SECOND_OF_LARGE) for count in between)
     if not saved:
         return 0, 0.0
-    products = [_products(graph, node, shapes) for node in nodes]
-    weights = sum(constant_nonzeros(graph, node.params["weight"]) for node in nodes if node.op == "conv2d")
+    products = [_products(node, shapes, kept) for node in nodes]
+    weights = sum(kept.get(node.name, 0) for node in nodes)
     height, width = shapes[nodes[-1].output][2:]
     found: list[tuple[float, int]] = []
     for strips in range(2, height + 1):
@@ -209,9 +215,9 @@ def _per_row(floats: Mapping[str, int], heights: Mapping[str, int], name: str) -
     return floats[name] / heights[name]
 
 
-def _products(graph: Graph, node: Node, shapes: Mapping[str, tuple[int, ...]]) -> float:
+def _products(node: Node, shapes: Mapping[str, tuple[int, ...]], kept: Mapping[str, int]) -> float:
     if node.op == "conv2d":
-        return float(constant_nonzeros(graph, node.params["weight"]) * math.prod(shapes[node.output][2:]))
+        return float(kept[node.name] * math.prod(shapes[node.output][2:]))
     return float(math.prod(shapes[node.output]))
 
 

@@ -25,7 +25,9 @@ def chains_of(graph: Graph) -> list[list[str]]:
 def always(monkeypatch: pytest.MonkeyPatch, rows: int, longest: int = 6) -> None:
     """Chains wherever they are possible, as long as possible, in strips of so many rows."""
 
-    def best_rows(graph: Graph, first: int, last: int, shapes: dict[str, tuple[int, ...]]) -> tuple[int, float]:
+    def best_rows(
+        graph: Graph, first: int, last: int, shapes: dict[str, tuple[int, ...]], kept: dict[str, int]
+    ) -> tuple[int, float]:
         nodes = graph.nodes[first:last]
         heights = {name: shapes[name][2] for node in nodes for name in (node.inputs[0], node.output)}
         fits = last - first <= longest and strips.reads_something(

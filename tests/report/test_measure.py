@@ -119,7 +119,7 @@ def test_spans_of_bands_and_their_tail(in_bands):
 def test_spans_of_strips(batch, monkeypatch):
     from sparse_engine.convert import strips
 
-    monkeypatch.setattr(strips, "_best_rows", lambda graph, first, last, shapes: (4, float(last - first)))
+    monkeypatch.setattr(strips, "_best_rows", lambda graph, first, last, shapes, kept: (4, float(last - first)))
     monkeypatch.setattr("sparse_engine.convert.lower._share", lambda graph, batch, choices, threads: 1)
     executable = se.convert(_two_blocks(), (torch.randn(1, 3, 40, 40),), tune=False, threads=2)
     profile = profile_call(executable, [torch.randn(batch, 3, 40, 40)])
