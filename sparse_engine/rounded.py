@@ -1,4 +1,4 @@
-"""Weights of linear layers rounded to bfloat16 or int8, kept packed: a half or a quarter of the bytes of float32.
+"""Weights rounded to bfloat16, or of linear layers to int8, kept packed: a half or a quarter of the bytes of float32.
 
 int8 weights are symmetric with one scale for each output:
 
@@ -25,18 +25,18 @@ _DENSE_FROM = 0.9
 
 
 def round_weight(weight: torch.Tensor, precision: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Round a float32 matrix to the nearest that a precision can hold.
+    """Round a float32 weight to the nearest that a precision can hold.
 
     Example:
         >>> round_weight(torch.tensor([[0.5, -1.27]]), "int8")
         (tensor([[  50, -127]], dtype=torch.int8), tensor([0.0100]))
 
     Args:
-        weight: float32 (M, K).
+        weight: float32 (M, K); in "bf16" of any shape.
         precision: "bf16" or "int8".
 
     Returns:
-        The rounded weight (M, K), bfloat16 or int8, and for int8 the scales (M,), float32.
+        The rounded weight, of the same shape, bfloat16 or int8, and for int8 the scales (M,), float32.
 
     Raises:
         SparseEngineError: for an unknown precision, or a weight with NaN or infinity in int8.
@@ -77,7 +77,7 @@ class RoundedWeight:
 
     @classmethod
     def from_dense(cls, weight: torch.Tensor, precision: str) -> "RoundedWeight":
-        """Round and pack a weight (M, K) on the CPU; zeros are left out.
+        """Round and pack a weight (M, K), or in bf16 a convolution's, on the CPU; zeros are left out.
 
         Raises:
             SparseEngineError: as `round_weight`.
@@ -162,8 +162,8 @@ class RoundedWeight:
             )
         rest = {role: tensor for role, tensor in tensors.items() if role != "scales"}
         packed = PackedWeight.from_state(rest, meta, (PRECISIONS[precision],))
-        if len(packed.shape) != 2 or packed.bias is not None:
-            raise FileFormatError("rounded weight: it is no matrix, or has a bias")
+        if (len(packed.shape) != 2 and precision == "int8") or packed.bias is not None:
+            raise FileFormatError("rounded weight: in int8 it is no matrix, or it has a bias")
         scales = tensors.get("scales")
         if (scales is not None) != (precision == "int8"):
             raise FileFormatError(f"rounded weight: scales belong to int8, and to nothing else; it is {precision}")

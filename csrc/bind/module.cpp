@@ -11,9 +11,11 @@
 #include "core/recycled.h"
 #include "core/thread_pool.h"
 #include "core/trace.h"
+#include "cpu/kernels_pairs.h"
 #include "runtime/layers.h"
 #include "runtime/linear_operator.h"
 #include "runtime/losses.h"
+#include "runtime/pair_product.h"
 #include "runtime/peak.h"
 #include "runtime/plan.h"
 #include "runtime/row_tiles.h"
@@ -33,6 +35,8 @@ using Release = py::call_guard<py::gil_scoped_release>;
 using PyRef = std::pair<int, int64_t>;
 // buffer, offset, sizes, strides
 using PyView = std::tuple<int, int64_t, std::vector<int64_t>, std::vector<int64_t>>;
+// Channel planes: place, stride, and whether they hold bfloat16.
+using PyPlanes = std::tuple<PyRef, int64_t, bool>;
 // kind, first and second parameter
 using PyActivation = std::tuple<std::string, float, float>;
 
@@ -113,6 +117,7 @@ struct Weight {
     std::shared_ptr<const PanelMatrix> panels;
     std::shared_ptr<const WinogradWeight> winograd;
     std::shared_ptr<const RowTileMatrix> row_tiles;
+    std::shared_ptr<const PairMatrix> pairs;
     std::shared_ptr<const VectorLayer> product;     // of any precision, for vectors
     std::shared_ptr<std::vector<int64_t>> row_ptr;  // vector layout
     std::shared_ptr<std::vector<int32_t>> col;
@@ -123,6 +128,7 @@ struct Weight {
         if (panels) return panels->nbytes();
         if (winograd) return winograd->nbytes();
         if (row_tiles) return row_tiles->nbytes();
+        if (pairs) return pairs->nbytes();
         if (product) return product->nbytes();
         return static_cast<int64_t>((row_ptr ? row_ptr->size() * 8 + (col ? col->size() * 4 : col16->size() * 2) : 0) + values->size() * 4);
     }
@@ -176,6 +182,14 @@ struct PlanBuilder {
     }
     void check_planes(const PyRef& r, int64_t rows, int64_t stride, int64_t pixels) const {
         if (rows > 0 && pixels > 0) check(r.first, r.second, r.second + (rows - 1) * stride + pixels - 1);
+    }
+    // Channel planes that a kernel may touch by whole vectors, or in bfloat16 by whole lines.
+    Planes planes(const PyPlanes& p, int64_t rows, int64_t pixels) const {
+        const auto& [place, stride, half] = p;
+        const int64_t unit = half ? kLinePixels : 16, whole = (pixels + unit - 1) / unit * unit;
+        if (stride < 0 || (half && stride % kLinePixels)) throw std::invalid_argument("planes in bfloat16 are whole lines apart");
+        if (rows > 0 && pixels > 0) check(place.first, place.second, place.second + ((rows - 1) * stride + whole - 1) / (half ? 2 : 1));
+        return {{place.first, place.second}, stride, half};
     }
     template <class N>
     void add(const std::string& name, std::unique_ptr<N> node) {
@@ -248,7 +262,7 @@ KDBatch kd_batch(uintptr_t logits, int64_t pitch, int64_t rows, int64_t classes,
 }  // namespace
 
 // Raised together with INTERFACE in sparse_engine/ops/native.py when a name, an argument or a meaning below changes.
-constexpr int kInterface = 9;
+constexpr int kInterface = 10;
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The C++ core of sparse_engine.";
@@ -441,6 +455,18 @@ PYBIND11_MODULE(_C, m) {
             },
             py::arg("row_ptr"), py::arg("cols"), py::arg("values"), py::arg("geometry"), py::arg("part"), py::arg("height"))
         .def_static(
+            "pairs",
+            [](const Array<int64_t>& row_ptr, const Array<int32_t>& col, const Array<float>& values, int64_t cols, int part,
+               int row_block) {
+                auto w = std::make_shared<Weight>();
+                const CsrView csr = checked_csr(row_ptr, col, values, cols);
+                w->rows = csr.rows, w->cols = cols;
+                w->pairs = std::make_shared<PairMatrix>(csr, values.data(), part, row_block);
+                return w;
+            },
+            py::arg("row_ptr"), py::arg("cols"), py::arg("values"), py::arg("cols_count"), py::arg("part") = 256, py::arg("row_block") = 0,
+            "In bfloat16, for Plan.pairs.")
+        .def_static(
             "winograd",
             [](const Array<float>& values, const py::dict& g) {
                 ConvGeometry geo = geometry(g);
@@ -492,6 +518,7 @@ PYBIND11_MODULE(_C, m) {
                                [](const Weight& w) {
                                    if (w.panels) return w.panels->stored();
                                    if (w.row_tiles) return w.row_tiles->panels.stored();
+                                   if (w.pairs) return w.pairs->panels.stored();
                                    if (w.product) return w.product->stored();
                                    return static_cast<int64_t>(w.winograd ? w.winograd->packed.size() : w.values->size());
                                })
@@ -500,13 +527,19 @@ PYBIND11_MODULE(_C, m) {
 
     m.def(
         "phase_floats",
-        [](const py::dict& g) {
+        [](const py::dict& g, bool half) {
             ConvGeometry geo = geometry(g);
             geo.check();
             PhaseLayout p = phase_layout(geo);
-            return p.needed && p.possible ? geo.channels * int64_t(p.phase_y.size() * p.phase_x.size()) * p.plane_stride : int64_t(0);
+            if (!p.needed || !p.possible) return int64_t(0);
+            const int64_t stride = half ? padded_half_pixels(geo.batch * p.grid_h * p.grid_w) / 2 : p.plane_stride;
+            return geo.channels * int64_t(p.phase_y.size() * p.phase_x.size()) * stride;
         },
-        "Floats of workspace that a convolution of this geometry (with n, h, w) needs in the arena.");
+        py::arg("geometry"), py::arg("half") = false,
+        "Floats of workspace that a convolution of this geometry (with n, h, w) needs in the arena, with phases in bfloat16 on request.");
+    m.def("padded_half_pixels", &padded_half_pixels, "Halves from one channel plane in bfloat16 of so many pixels to the next.");
+    m.def(
+        "pair_products", [] { return pair_kernels().products; }, "Whether this processor multiplies pairs of bfloat16 in one instruction.");
     m.def(
         "shifts_only",
         [](const py::dict& g) {
@@ -611,6 +644,49 @@ PYBIND11_MODULE(_C, m) {
              },
              py::arg("name"), py::arg("geometry"), py::arg("weight"), py::arg("bias"), py::arg("x"), py::arg("workspace"), py::arg("out"), py::arg("out_stride"), py::arg("residual"),
              py::arg("residual_stride"), py::arg("activation"), py::arg("vectors"), py::arg("depthwise") = false, py::arg("multiplier") = 1)
+        .def("pairs",
+             [](PlanBuilder& b, const std::string& name, const py::dict& g, const Weight& weight, const std::optional<Array<float>>& bias, const PyView& x, bool x_half, const PyRef& workspace,
+                const PyPlanes& out, const std::optional<PyPlanes>& residual, const PyActivation& activation, int lines) {
+                 ConvGeometry geo = geometry(g);
+                 geo.check();
+                 const auto& [buffer, offset, sizes, strides] = x;
+                 if (sizes != std::vector<int64_t>{geo.batch, geo.channels, geo.height, geo.width} || strides.size() != 4) throw std::invalid_argument(name + ": the input's view does not fit the geometry");
+                 if (!weight.pairs || weight.cols != geo.channels * geo.taps()) throw std::invalid_argument(name + ": the weight does not fit the geometry");
+                 if (bias && bias->size() != weight.rows) throw std::invalid_argument(name + ": the bias does not fit the rows");
+                 const int64_t x_pixels = geo.batch * geo.height * geo.width;
+                 const bool planes = (geo.width == 1 || strides[3] == 1) && (geo.height == 1 || strides[2] == geo.width) && (geo.batch == 1 || strides[0] == geo.width * geo.height);
+                 PhaseLayout phases = phase_layout(geo);
+                 if (phases.needed && !phases.possible) throw std::invalid_argument(name + ": taps that are no shifts");
+                 if ((x_half || !phases.needed) && !planes) throw std::invalid_argument(name + ": the input is not in channel planes");
+                 auto node = std::make_unique<PairNode>();
+                 node->weight = weight.pairs, node->bias = optional_floats(bias), node->epilogue = epilogue(activation);
+                 node->pixels = geo.batch * geo.out_height() * geo.out_width(), node->lines = std::clamp(lines, 1, kMaxLines);
+                 if (x_half) {
+                     node->x = b.planes({{buffer, offset}, strides[1], true}, geo.channels, x_pixels);
+                 } else {
+                     node->x = {b.view(x).ref, strides[1], false};
+                 }
+                 node->x_pixels = x_pixels;
+                 node->out = b.planes(out, weight.rows, node->pixels);
+                 if (residual) node->has_residual = true, node->residual = b.planes(*residual, weight.rows, node->pixels);
+                 if (phases.needed) {
+                     const int64_t count = int64_t(phases.phase_y.size() * phases.phase_x.size());
+                     phases.plane_stride = padded_half_pixels(geo.batch * phases.grid_h * phases.grid_w);
+                     auto split = std::make_unique<HalfPhaseNode>();
+                     split->geometry = geo, split->phases = phases, split->x = node->x.ref, split->x_half = x_half;
+                     split->stride_n = strides[0], split->stride_c = strides[1], split->stride_h = strides[2], split->stride_w = strides[3];
+                     if (x_half) split->stride_n = geo.height * geo.width, split->stride_h = geo.width, split->stride_w = 1;
+                     split->out = ref(workspace);
+                     node->x = b.planes({workspace, phases.plane_stride, true}, geo.channels * count, phases.plane_stride);
+                     node->x.stride = count * phases.plane_stride;
+                     b.add(name + ".phases", std::move(split));
+                 }
+                 const bool one_phase = phases.needed && geo.taps() == 1 && !geo.pad_top && !geo.pad_left && !geo.pad_bottom && !geo.pad_right;
+                 if (!one_phase && !geo.pointwise()) node->taps = std::make_shared<TapTable>(forward_taps(geo, phases));
+                 b.add(name, std::move(node));
+             },
+             py::arg("name"), py::arg("geometry"), py::arg("weight"), py::arg("bias"), py::arg("x"), py::arg("x_half"), py::arg("workspace"), py::arg("out"), py::arg("residual"), py::arg("activation"),
+             py::arg("lines"), "A convolution by a weight in bfloat16. out, residual: (place, stride, whether in bfloat16); strides, also those of x where x_half, are in elements.")
         .def("vector",
              [](PlanBuilder& b, const std::string& name, const Weight& weight, const std::optional<Array<float>>& bias, const PyRef& x, const PyRef& out, const std::optional<PyRef>& residual,
                 const PyActivation& activation) {

@@ -17,20 +17,6 @@ int log2_of(int panel) { return panel == 8 ? 3 : panel == 4 ? 2 : panel == 2 ? 1
 
 const float* data_or_null(const std::shared_ptr<const std::vector<float>>& v) { return v ? v->data() : nullptr; }
 
-// Cuts `total` vectors into tiles of about `wanted`, never above `most`, whose sizes differ by at most one: short tiles leave the FMA units
-// idle, long ones fall out of the L1. Several threads get the same number of tiles each where there are enough vectors, so that every layer
-// cuts its pixels between them at the same place.
-struct Tiles {
-    int64_t total, count;
-    Tiles(int64_t vectors, int64_t wanted, int64_t most, int threads) : total(vectors) {
-        wanted = std::max<int64_t>(1, std::min(wanted, most));
-        count = std::max<int64_t>({1, (vectors + wanted / 2) / wanted, ceil_div(vectors, most)});
-        int64_t even = ceil_div(count, threads) * threads;
-        if (even <= total) count = even;
-    }
-    int64_t begin(int64_t i) const { return total * i / count; }
-};
-
 void set_masks(TapTable& table, int64_t batch, int64_t out_h, int64_t out_w, const std::vector<std::pair<int64_t, int64_t>>& valid_y,
                const std::vector<std::pair<int64_t, int64_t>>& valid_x) {
     int64_t pixels = batch * out_h * out_w;
@@ -65,6 +51,13 @@ bool in_rows_of_three(const TapTable& table, int64_t kernel_w, int64_t pixels) {
 }
 
 }  // namespace
+
+Tiles::Tiles(int64_t vectors, int64_t wanted, int64_t most, int threads) : total(vectors) {
+    wanted = std::max<int64_t>(1, std::min(wanted, most));
+    count = std::max<int64_t>({1, (vectors + wanted / 2) / wanted, ceil_div(vectors, most)});
+    const int64_t even = ceil_div(count, threads) * threads;
+    if (even <= total) count = even;
+}
 
 int64_t padded_pixels(int64_t pixels) {
     if (pixels <= 1) return pixels;

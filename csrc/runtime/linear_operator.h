@@ -45,6 +45,15 @@ struct PhaseLayout {
     int64_t plane_stride = 0;  // floats from one phase plane to the next
 };
 
+// Cuts `total` vectors into tiles of about `wanted`, never above `most`, whose sizes differ by at most one: short tiles leave the FMA units
+// idle, long ones fall out of the L1. Several threads get the same number of tiles each where there are enough vectors, so that every layer
+// cuts its pixels between them at the same place.
+struct Tiles {
+    int64_t total, count;
+    Tiles(int64_t vectors, int64_t wanted, int64_t most, int threads);
+    int64_t begin(int64_t i) const { return total * i / count; }
+};
+
 PhaseLayout phase_layout(const ConvGeometry& g);
 TapTable forward_taps(const ConvGeometry& g, const PhaseLayout& phases);
 TapTable backward_taps(const ConvGeometry& g);  // input gradient: output grid = the input's pixels, source = the gradient's pixels

@@ -69,14 +69,17 @@ def convert(
         device: "cpu", or "cuda" for a `sparse_engine.convert.cuda.CudaExecutable` (compiled and interpreted in the
             tests, not yet run on a GPU).
         dtype: torch.float32; a model in another floating dtype is converted to it. On a GPU also float16 and bfloat16.
-        precision: "fp32", or "bf16" or "int8" for the weights of linear layers that read one vector (batch 1): where
-            that is faster they are rounded, and stored so; x, sums and outputs stay in float32. The report says which.
+        precision: "fp32"; or "bf16" or "int8" for the weights of linear layers that read one vector (batch 1): where
+            that is faster they are rounded, and stored so; x, sums and outputs stay in float32. With "bf16" every other
+            layer may also compute in bfloat16 (weights and what it reads; sums stay in float32) where the processor
+            has instructions for it (AVX512-BF16) and that is faster, and what such layers hand to each other is kept
+            in bfloat16. The report says which.
         threads: of the executable's kernels; None uses all cores.
         tune: time the candidate kernels of each layer; otherwise a cost model chooses.
         verify: run model and executable on the example inputs and compare.
         bound: the largest accepted difference, relative to the largest magnitude of each output; None: 1e-4, with
-            bf16 2e-2, with int8 5e-2. With rounded weights the executable is also held to 1e-4 of its own graph, run by
-            PyTorch with the same rounded weights.
+            bf16 2e-2, with int8 5e-2. Where only weights are rounded the executable is also held to 1e-4 of its own
+            graph, run by PyTorch with the same rounded weights.
         weights: a checkpoint (file name or state dict) to load into the copy first.
         progress: called with the name of each step as it begins.
 
@@ -127,7 +130,7 @@ def convert(
     if verify:
         step("verifying the outputs")
         error = _verify(plain, executable, examples, bound)
-        if rounded:  # the bound above would hide a wrong kernel
+        if rounded and not _in_pairs(choices):  # the bound above would hide a wrong kernel
             _compare(lambda *inputs: graph.run(list(inputs)), executable, examples, _BOUNDS["fp32"], "on its own graph")
     bytes_before = _bytes([*plain.parameters(), *plain.buffers()])
     del plain
@@ -136,7 +139,7 @@ def convert(
     executable._report = _report(captured, executable, examples, counts, bytes_before, bytes_after, zeros, error, bound)
     if precision != "fp32":
         executable._report.precision = precision
-        executable._report.notes.append(_about_precision(graph, precision, rounded))
+        executable._report.notes += _about_precision(graph, precision, choices or {})
     return executable
 
 
@@ -206,14 +209,32 @@ def _round_weights(graph: Graph, choices: Mapping[str, Mapping[str, Any]]) -> in
     return len(chosen)
 
 
-def _about_precision(graph: Graph, precision: str, rounded: int) -> str:
-    linear = sum(node.op == "linear" for node in graph.nodes)
-    if rounded == linear:
-        return f"the weights of all {linear} linear layers are kept in {precision}"
-    return (
-        f"the weights of {rounded} of {linear} linear layers are kept in {precision}; the others stay in float32, "
-        "where they are as fast"
-    )
+def _in_pairs(choices: Mapping[str, Mapping[str, Any]] | None) -> int:
+    """How many layers compute in bfloat16."""
+    return sum(_is_pairs(known) for known in (choices or {}).values())
+
+
+def _about_precision(graph: Graph, precision: str, choices: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    notes = []
+    pairs = _in_pairs(choices)
+    if pairs:
+        layers = sum(node.op in ("conv2d", "linear") for node in graph.nodes)
+        notes.append(
+            f"{pairs} of {layers} layers compute in bfloat16, with sums in float32"
+            + ("" if pairs == layers else "; the others in float32, where they are as fast")
+        )
+    linear = [node.name for node in graph.nodes if node.op == "linear" and not _is_pairs(choices.get(node.name))]
+    rounded = sum("precision" in choices.get(name, {}) for name in linear)
+    if not linear or (pairs and not rounded):
+        return notes or ["all layers stay in float32, where they are as fast"]
+    if rounded == len(linear):
+        return [*notes, f"the weights of all {rounded} linear layers are kept in {precision}"]
+    text = f"the weights of {rounded} of {len(linear)} linear layers are kept in {precision}"
+    return [*notes, f"{text}; the others stay in float32, where they are as fast"]
+
+
+def _is_pairs(known: Mapping[str, Any] | None) -> bool:
+    return known is not None and known["choice"]["kernel"] == "pairs"
 
 
 def _choose(

@@ -46,6 +46,8 @@ _TILES = {
 }
 # (rows, columns of a part) of row tiles: what lies in the L1, and half as much more.
 _ROW_TILES = ((8, 144), (8, 252), (7, 180), (4, 252))
+# (lines of 32 pixels, part) of tiles in bfloat16: 8 to 64 KB.
+_PAIR_TILES = ((4, 256), (2, 256), (2, 128), (4, 128), (1, 256))
 _ROWS_FROM = 0.15  # density from which a dense product with one vector may be faster than a sparse one
 _WORTH_ROUNDING = 1.05  # a rounded weight that is not this much faster stays as it is
 _WORTH_TIMING = 1.5  # candidates that the cost model puts this far behind the best one are not timed
@@ -71,7 +73,8 @@ def choose(
         examples: one tensor per graph input; their batch size is the one that is tuned for.
         tune: time the candidates; otherwise the cost model alone decides.
         threads: for the kernels; None uses all cores.
-        precision: "bf16" or "int8": weights of linear layers may be rounded to it where that is faster.
+        precision: "bf16" or "int8": weights of linear layers that read one vector may be rounded to it where that is
+            faster; with "bf16" all other layers, and what they read, too.
 
     Returns:
         By node name: ``kernel`` (text), ``choice`` (a `LinearChoice` as JSON), ``ms`` and ``dense_ms`` (None without
@@ -87,6 +90,7 @@ def choose(
     residuals = {node.name for node in graph.nodes if node.op in ("conv2d", "linear") and len(node.inputs) == 2}
     bands = part_problems(graph, threads) if batch == 1 and threads > 1 else {}
     may_round = _may_round(graph, precision)
+    pairs = precision == "bf16" and _C.pair_products()
     known: dict[Any, dict[str, Any]] = {}
     found: dict[str, dict[str, Any]] = {}
     for name, whole in lowering.problems.items():
@@ -99,19 +103,28 @@ def choose(
             exact, key = known[key], (key, precision)
             if key not in known:
                 known[key] = _rounded(problem, name in residuals, cores, precision, exact, tune)
+        elif pairs and problem.pairs and not problem.depthwise:
+            # Bands and strips hand floats on.
+            half = name not in bands and problem.times == 1
+            exact, key = known[key], (key, precision, half)
+            if key not in known:
+                known[key] = _in_pairs(problem, name in residuals, cores, exact, tune, half)
         problem.forget()
         times = {field: known[key][field] for field in ("ms", "dense_ms")}  # of all strips
         times = {field: ms if ms is None else ms * problem.times for field, ms in times.items()}
         found[name] = dict(known[key], **times, pixels=problem.pixels)
+        if found[name]["choice"]["kernel"] == "pairs" and name in may_round:
+            found[name]["precision"] = precision
     return found
 
 
 def _may_round(graph: Graph, precision: str) -> set[str]:
-    """Linear layers whose weight may be rounded: nobody else uses it."""
+    """Layers whose weight may be rounded: nobody else uses it, and for int8 they are linear."""
     if precision == "fp32":
         return set()
     uses = Counter(name for node in graph.nodes for name in node.params.values())
-    return {node.name for node in graph.nodes if node.op == "linear" and uses[node.params["weight"]] == 1}
+    ops = ("linear",) if precision == "int8" else ("linear", "conv2d")
+    return {node.name for node in graph.nodes if node.op in ops and uses[node.params["weight"]] == 1}
 
 
 def _rounded(
@@ -149,6 +162,40 @@ def _rounded(
         ms=seconds[best] * 1e3,
         reason=f"{faster:.1f}x the float32 kernel; bound by reading the weight once",
         precision=precision,
+    )
+
+
+def _in_pairs(
+    problem: LinearProblem, residual: bool, threads: int, exact: dict[str, Any], tune: bool, half: bool
+) -> dict[str, Any]:
+    """The choice for a layer of several pixels that may compute in bfloat16; the exact one where that is as fast."""
+
+    def option(lines: int, part: int) -> LinearChoice:
+        choice = LinearChoice("pairs", 1, part, 0, lines)
+        choice.row_block = default_row_block(problem, choice, threads)
+        return choice
+
+    options = [option(*tile) for tile in _PAIR_TILES]
+    if not tune:
+        kernel = LinearChoice.from_json(exact["choice"]).kernel
+        if kernel not in ("sparse", "row_tiles"):
+            return exact
+        return dict(exact, kernel=describe(options[0]), choice=options[0].to_json())
+    plans = [_bench_plan(problem, LinearChoice.from_json(exact["choice"]), residual)]
+    plans += [_bench_plan(problem, choice, residual, half) for choice in options]
+    seconds = _time_interleaved(plans, threads)
+    best = min(range(1, len(plans)), key=seconds.__getitem__)
+    faster = seconds[0] / seconds[best]
+    if faster < _WORTH_ROUNDING:
+        reason = f"{exact['reason']}; bf16 takes {seconds[best] / seconds[0]:.2f}x as long"
+        return dict(exact, ms=seconds[0] * 1e3, reason=reason)
+    choice = options[best - 1]
+    return dict(
+        exact,
+        kernel=describe(choice),
+        choice=choice.to_json(),
+        ms=seconds[best] * 1e3,
+        reason=f"{faster:.1f}x the float32 kernel: two products in one instruction",
     )
 
 
@@ -217,6 +264,8 @@ def describe(choice: LinearChoice, precision: str = "fp32") -> str:
         return f"vector, {precision} {'rows' if choice.kernel == 'rows' else 'lookups'}"
     if choice.kernel == "row_tiles":
         return "sparse, row tiles"
+    if choice.kernel == "pairs":
+        return "sparse, bf16"
     if choice.kernel == "sparse":
         return "sparse" if choice.panel == 1 else f"sparse, {choice.panel}-row panels"
     return choice.kernel
@@ -271,12 +320,13 @@ def _channel_lists(problem: LinearProblem) -> str:
     return f"; channels listed: {inputs.sum()} of {inputs.size} in, {rows.sum()} of {rows.size} out"
 
 
-def _bench_plan(problem: LinearProblem, choice: LinearChoice, residual: bool) -> Any:
-    """A plan with this operator alone, and memory for it."""
+def _bench_plan(problem: LinearProblem, choice: LinearChoice, residual: bool, half: bool = False) -> Any:
+    """A plan with this operator alone, and memory for it. half: what it reads and writes is in bfloat16."""
     geometry = problem.geometry
     pixels_in = geometry["n"] * geometry["h"] * geometry["w"]
-    plane_in, plane_out = _C.padded_pixels(pixels_in), _C.padded_pixels(problem.pixels)
-    workspace = _C.phase_floats(geometry)
+    padded = _C.padded_half_pixels if half else _C.padded_pixels
+    plane_in, plane_out = padded(pixels_in), padded(problem.pixels)
+    workspace = max(_C.phase_floats(geometry), _C.phase_floats(geometry, half=True))
     x_floats, out_floats = problem.channels * plane_in, problem.rows * plane_out
     x_at, work_at = 0, x_floats
     out_at = work_at + workspace
@@ -295,7 +345,7 @@ def _bench_plan(problem: LinearProblem, choice: LinearChoice, residual: bool) ->
     activation = ("clamp", 0.0, math.inf)
     add_linear(
         plan, problem, choice, make_weight(problem, choice), bias, x, (0, work_at), (0, out_at), plane_out, (0,
-        residual_at) if residual else None, plane_out, activation
+        residual_at) if residual else None, plane_out, activation, (half, half, half)
     )  # fmt: skip
     return plan
 

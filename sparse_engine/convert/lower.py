@@ -37,6 +37,7 @@ _CONSTANT_STORAGE = "constants"
 # Of one vector by a rounded weight: all rows, entries looked up in tables of 31 columns, or of 255.
 ROUNDED_KERNELS = ("rows", "lookup", "bytes")
 _VECTOR_KERNELS = ("vector", *ROUNDED_KERNELS)
+_PANEL_KERNELS = ("sparse", "dense", "pairs")  # cut into row blocks
 
 
 def compile(graph: Graph, batch: int, threads: int | None = None, choices: Any = None) -> NativePlan:
@@ -172,13 +173,14 @@ class LinearChoice:
 
     Args:
         kernel: "sparse" (panel kernel over kept entries), "row_tiles" (the same for convolutions, on tiles of image
-        rows), "dense" (panel kernel over all), "winograd" (over all, with half the multiplications), "depthwise",
-        "vector" (one pixel; kept entries of each row, all where most are kept), "rows" (one pixel; all entries), or
-        for one pixel and a rounded weight "lookup" or "bytes".
+        rows), "pairs" (kept entries and inputs in bfloat16, two at a time), "dense" (panel kernel over all),
+        "winograd" (over all, with half the multiplications), "depthwise", "vector" (one pixel; kept entries of each
+        row, all where most are kept), "rows" (one pixel; all entries), or for one pixel and a rounded weight "lookup"
+        or "bytes".
         panel: rows that share a load of the input.
         part: columns worked on at a time, at most 256.
         row_block: rows per work item, 0 for all.
-        vectors: vectors of pixels per tile; rows of a row tile.
+        vectors: vectors of pixels per tile; rows of a row tile; lines of 32 pixels for "pairs".
     """
 
     kernel: str
@@ -197,7 +199,8 @@ class LinearChoice:
         if (
             not isinstance(data, Mapping)
             or data.keys() != {"kernel", *ranges}
-            or data["kernel"] not in ("sparse", "row_tiles", "dense", "winograd", "depthwise", *_VECTOR_KERNELS)
+            or data["kernel"]
+            not in ("sparse", "row_tiles", "pairs", "dense", "winograd", "depthwise", *_VECTOR_KERNELS)
         ):
             raise ConvertError(f"a kernel choice has a kernel, {', '.join(ranges)}; got {data!r:.120}")
         for key, (low, high) in ranges.items():
@@ -288,6 +291,11 @@ class LinearProblem:
     def row_tiles(self) -> bool:
         """Whether it can run on tiles of image rows, one of whose parts has whole channels."""
         return self.groups == 1 and _C.row_tiles_apply(self.geometry)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether it can be computed in bfloat16."""
+        return not self.vector and self.pixels > 0 and _C.shifts_only(self.geometry)
 
     @property
     def winograd(self) -> bool:
@@ -396,6 +404,7 @@ class _Place:
     offset: int
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
+    half: bool = False  # bfloat16: sizes and strides are of halves, offsets of floats
 
     def at(self) -> tuple[int, int]:
         root, offset = self.storage.root()
@@ -406,7 +415,7 @@ class _Place:
         return buffer, offset, list(self.sizes), list(self.strides)
 
     def with_view(self, sizes: Sequence[int], strides: Sequence[int], shift: int = 0) -> _Place:
-        return _Place(self.storage, self.offset + shift, tuple(sizes), tuple(strides))
+        return _Place(self.storage, self.offset + shift, tuple(sizes), tuple(strides), self.half)
 
     def permuted(self, dims: Sequence[int]) -> _Place:
         return self.with_view([self.sizes[d] for d in dims], [self.strides[d] for d in dims])
@@ -530,6 +539,8 @@ def make_weight(problem: LinearProblem, choice: LinearChoice) -> Any:
         return _C.Weight.product(*weight.csr(), scales, *shape, choice.kernel == "bytes")
     if choice.kernel == "winograd":
         return _C.Weight.winograd(problem.weight, problem.geometry)
+    if choice.kernel == "pairs":
+        return _C.Weight.pairs(*problem.csr(), problem.columns * problem.groups, choice.part, choice.row_block)
     if choice.kernel == "row_tiles":
         part = max(problem.taps, choice.part // problem.taps * problem.taps)
         return _C.Weight.row_tiles(*problem.csr(), problem.geometry, part, choice.vectors)
@@ -554,8 +565,15 @@ def add_linear(
     residual: tuple[int, int] | None,
     residual_stride: int,
     activation: tuple[str, float, float],
+    half: tuple[bool, bool, bool] = (False, False, False),
 ) -> None:
-    """Append one linear operator to a `_C.Plan`."""
+    """Append one linear operator to a `_C.Plan`. half: whether x, output and residual are in bfloat16, for "pairs"."""
+    if choice.kernel == "pairs":
+        plan.pairs(
+            problem.name, problem.geometry, weight, bias, x, half[0], workspace, (out, out_stride, half[1]),
+            (residual, residual_stride, half[2]) if residual is not None else None, activation, choice.vectors
+        )  # fmt: skip
+        return
     if choice.kernel in _VECTOR_KERNELS:
         plan.vector(problem.name, weight, bias, (x[0], x[1]), out, residual, activation)
         return
@@ -603,6 +621,7 @@ class _Lowering:
         self.target: _Place | None = None  # where the value that is made next is to lie
         self.spare = 0  # floats of room at the end of its planes
         self.index = 0  # of the node being lowered
+        self.half: set[str] = set()  # values that are kept in bfloat16
         self.last_use = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
         for dtype in (graph.values[name].dtype for name in graph.inputs + graph.outputs):
             if dtype == "float64":
@@ -748,6 +767,7 @@ class _Lowering:
                 continue
             self.places[name] = self.outside(index, name)
         chains = self.chains()
+        self.half = self.half_values(chains)
         behind = 0  # nodes before this one belong to a chain
         for self.index, node in enumerate(graph.nodes):
             if self.index in chains:
@@ -763,6 +783,44 @@ class _Lowering:
                 if not self._same_memory(self.places[name], target):
                     self.copy(self.places[name], target, f"output.{name}")
         self.arena = self._memory_plan()
+
+    # -- bfloat16
+
+    def half_values(self, chains: Mapping[int, Chain]) -> set[str]:
+        """What is kept in bfloat16: what layers that compute in it make, where all that reads it computes in it too."""
+        graph = self.graph
+        in_strips = {index for first, chain in chains.items() for index in range(first, chain.last)}
+        pairs = {
+            node.name
+            for index, node in enumerate(graph.nodes)
+            if node.op in ("conv2d", "linear") and index not in in_strips and self._in_pairs(node)
+        }
+        made = {node.output for node in graph.nodes if node.name in pairs} - set(graph.outputs)
+        for node in graph.nodes:
+            if node.name not in pairs:
+                made -= set(node.inputs)
+        return {name for name in made if math.prod(self.shape(name))}
+
+    def _in_pairs(self, node: Node) -> bool:
+        """Whether a node computes in bfloat16 at this batch size."""
+        known = (self.choices or {}).get(node.name, {}).get("choice")
+        if not known or known["kernel"] != "pairs":
+            return False
+        sizes, rows = self.shape(node.output), self.weight_shape(node)[0]
+        if math.prod(sizes) <= rows:  # a single pixel
+            return False
+        return node.op == "linear" or bool(_C.shifts_only(self._geometry(node, self.shape(node.inputs[0]))))
+
+    def new_half(self, sizes: Sequence[int], channel: int) -> _Place:
+        """A fresh place in channel planes of bfloat16."""
+        inner = [d for d in range(len(sizes)) if d != channel]
+        strides, step = [0] * len(sizes), 1
+        for d in reversed(inner):
+            strides[d] = step
+            step *= max(1, sizes[d])
+        strides[channel] = _C.padded_half_pixels(step)
+        floats = max(1, strides[channel] * sizes[channel] // 2)
+        return _Place(_Storage(floats), 0, tuple(sizes), tuple(strides), True)
 
     # -- strips
 
@@ -876,15 +934,21 @@ class _Lowering:
 
     # -- linear operators
 
-    def op_conv2d(self, node: Node) -> None:
+    def _geometry(self, node: Node, sizes: Sequence[int]) -> dict[str, Any]:
+        """What `_C.Plan.conv` wants to know of a convolution of images of these sizes."""
+        n, c, h, w = sizes
+        r, s = self.weight_shape(node)[2:]
         attrs = node.attrs
-        rows, _, r, s = self.weight_shape(node)
-        x = self.places[node.inputs[0]]
-        n, c, h, w = x.sizes
-        geometry = {
+        return {
             "n": n, "c": c, "h": h, "w": w, "r": r, "s": s,
             "stride": tuple(attrs["stride"]), "padding": tuple(attrs["padding"]), "dilation": tuple(attrs["dilation"]),
         }  # fmt: skip
+
+    def op_conv2d(self, node: Node) -> None:
+        attrs = node.attrs
+        rows = self.weight_shape(node)[0]
+        x = self.places[node.inputs[0]]
+        geometry = self._geometry(node, x.sizes)
         sizes = self.shape(node.output)
         if math.prod(sizes) == 0:
             self.places[node.output] = self.new_output(sizes)
@@ -905,7 +969,7 @@ class _Lowering:
                 x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
         elif x.strides[3] > 2 or x.strides[3] < 1:
             x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
-        out = self.new_output(sizes, node.output)
+        out = self.new_half(sizes, 1) if node.output in self.half else self.new_output(sizes, node.output)
         self._linear_operator(node, problem, x, out, 1, phases)
 
     def op_linear(self, node: Node) -> None:
@@ -935,7 +999,7 @@ class _Lowering:
         if pixels == 1 and x.strides[last] != 1 and columns > 1:
             x = self.copy(x, self.new(x.sizes, [last]), f"{node.name}.layout")
         flat = x.with_view((1, columns, 1, pixels), (0, x.strides[last] if columns > 1 else 1, 0, 1))
-        out = self.new(sizes, [last])
+        out = self.new_half(sizes, last) if node.output in self.half else self.new(sizes, [last])
         self._linear_operator(node, problem, flat, out, last, 0)
 
     def _linear_operator(
@@ -959,6 +1023,8 @@ class _Lowering:
             else None
         )
         activation = _activation(node.attrs["activation"])
+        if choice.kernel == "pairs":
+            phases = _C.phase_floats(problem.geometry, half=True)
         workspace = _Place(_Storage(phases), 0, (phases,), (1,)) if phases else None
         residual_stride = (
             residual.strides[channel]
@@ -975,6 +1041,7 @@ class _Lowering:
                 workspace.at() if workspace else (0, 0), out.at(),
                 out.strides[channel],
                 residual.at() if residual is not None else None, residual_stride, activation,
+                (x.half, out.half, residual is not None and residual.half),
             )  # fmt: skip
 
         if (
@@ -994,7 +1061,7 @@ class _Lowering:
             return False
         if out.storage.buffer != 0:
             return False
-        if (value.offset, value.sizes, value.strides) != (out.offset, out.sizes, out.strides):
+        if (value.offset, value.sizes, value.strides, value.half) != (out.offset, out.sizes, out.strides, out.half):
             return False
         if self.places[name] is not value:
             return False
@@ -1395,9 +1462,10 @@ def _lookup(choices: Any, problem: LinearProblem, threads: int) -> LinearChoice 
         or (choice.kernel == "dense" and problem.groups != 1)
         or (choice.kernel == "winograd" and not problem.winograd)
         or (choice.kernel == "row_tiles" and not problem.row_tiles)
+        or (choice.kernel == "pairs" and not problem.pairs)
     ):
         return None
-    if choice.kernel in ("sparse", "dense") and (entry.get("pixels") != problem.pixels or threads == 1):
+    if choice.kernel in _PANEL_KERNELS and (entry.get("pixels") != problem.pixels or threads == 1):
         choice.row_block = default_row_block(problem, choice, threads)
     return choice
 

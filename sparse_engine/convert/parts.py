@@ -15,7 +15,7 @@ From the first node on that needs whole images at once, an ordinary plan (the *t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -238,6 +238,9 @@ class _PartLowering(_Lowering):
         first, last = self.own(name)
         sizes = (*place.sizes[:2], last - first, place.sizes[3])
         return place.with_view(sizes, place.strides, first * place.strides[2])
+
+    def half_values(self, chains: Mapping[int, Chain]) -> set[str]:
+        return set()  # other parts copy rows of floats
 
     # -- nodes
 
