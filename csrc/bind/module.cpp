@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "core/bfloat16.h"
 #include "core/cpu_features.h"
 #include "core/recycled.h"
 #include "core/thread_pool.h"
@@ -118,8 +119,9 @@ struct Weight {
     std::shared_ptr<const WinogradWeight> winograd;
     std::shared_ptr<const RowTileMatrix> row_tiles;
     std::shared_ptr<const PairMatrix> pairs;
-    std::shared_ptr<const VectorLayer> product;     // of any precision, for vectors
-    std::shared_ptr<std::vector<int64_t>> row_ptr;  // vector layout
+    std::shared_ptr<const std::vector<uint16_t>> halves;  // all values, in bfloat16
+    std::shared_ptr<const VectorLayer> product;           // of any precision, for vectors
+    std::shared_ptr<std::vector<int64_t>> row_ptr;        // vector layout
     std::shared_ptr<std::vector<int32_t>> col;
     std::shared_ptr<std::vector<uint16_t>> col16;  // instead of col, once cut into blocks
     FloatVector values;
@@ -129,6 +131,7 @@ struct Weight {
         if (winograd) return winograd->nbytes();
         if (row_tiles) return row_tiles->nbytes();
         if (pairs) return pairs->nbytes();
+        if (halves) return static_cast<int64_t>(halves->size() * sizeof(uint16_t));
         if (product) return product->nbytes();
         return static_cast<int64_t>((row_ptr ? row_ptr->size() * 8 + (col ? col->size() * 4 : col16->size() * 2) : 0) + values->size() * 4);
     }
@@ -467,6 +470,18 @@ PYBIND11_MODULE(_C, m) {
             py::arg("row_ptr"), py::arg("cols"), py::arg("values"), py::arg("cols_count"), py::arg("part") = 256, py::arg("row_block") = 0,
             "In bfloat16, for Plan.pairs.")
         .def_static(
+            "depthwise_pairs",
+            [](const Array<float>& values) {
+                if (values.ndim() != 2) throw std::invalid_argument("the weight of a depthwise convolution is channels x taps");
+                auto w = std::make_shared<Weight>();
+                w->rows = values.shape(0), w->cols = values.shape(1);
+                auto rounded = std::make_shared<std::vector<uint16_t>>(values.size());
+                for (size_t i = 0; i < rounded->size(); i++) (*rounded)[i] = to_bfloat16(values.data()[i]);
+                w->halves = rounded;
+                return w;
+            },
+            py::arg("values"))
+        .def_static(
             "winograd",
             [](const Array<float>& values, const py::dict& g) {
                 ConvGeometry geo = geometry(g);
@@ -519,6 +534,7 @@ PYBIND11_MODULE(_C, m) {
                                    if (w.panels) return w.panels->stored();
                                    if (w.row_tiles) return w.row_tiles->panels.stored();
                                    if (w.pairs) return w.pairs->panels.stored();
+                                   if (w.halves) return static_cast<int64_t>(w.halves->size());
                                    if (w.product) return w.product->stored();
                                    return static_cast<int64_t>(w.winograd ? w.winograd->packed.size() : w.values->size());
                                })
@@ -651,16 +667,27 @@ PYBIND11_MODULE(_C, m) {
                  geo.check();
                  const auto& [buffer, offset, sizes, strides] = x;
                  if (sizes != std::vector<int64_t>{geo.batch, geo.channels, geo.height, geo.width} || strides.size() != 4) throw std::invalid_argument(name + ": the input's view does not fit the geometry");
-                 if (!weight.pairs || weight.cols != geo.channels * geo.taps()) throw std::invalid_argument(name + ": the weight does not fit the geometry");
+                 const bool depthwise = weight.halves != nullptr;
+                 if (depthwise ? weight.rows % geo.channels || weight.cols != geo.taps() : !weight.pairs || weight.cols != geo.channels * geo.taps())
+                     throw std::invalid_argument(name + ": the weight does not fit the geometry");
                  if (bias && bias->size() != weight.rows) throw std::invalid_argument(name + ": the bias does not fit the rows");
                  const int64_t x_pixels = geo.batch * geo.height * geo.width;
                  const bool planes = (geo.width == 1 || strides[3] == 1) && (geo.height == 1 || strides[2] == geo.width) && (geo.batch == 1 || strides[0] == geo.width * geo.height);
                  PhaseLayout phases = phase_layout(geo);
                  if (phases.needed && !phases.possible) throw std::invalid_argument(name + ": taps that are no shifts");
                  if ((x_half || !phases.needed) && !planes) throw std::invalid_argument(name + ": the input is not in channel planes");
-                 auto node = std::make_unique<PairNode>();
-                 node->weight = weight.pairs, node->bias = optional_floats(bias), node->epilogue = epilogue(activation);
-                 node->pixels = geo.batch * geo.out_height() * geo.out_width(), node->lines = std::clamp(lines, 1, kMaxLines);
+                 std::unique_ptr<PairBase> node;
+                 if (depthwise) {
+                     auto made = std::make_unique<PairDepthwiseNode>();
+                     made->weight = weight.halves, made->channels = weight.rows, made->multiplier = weight.rows / geo.channels;
+                     node = std::move(made);
+                 } else {
+                     auto made = std::make_unique<PairNode>();
+                     made->weight = weight.pairs, made->lines = std::clamp(lines, 1, kMaxLines);
+                     node = std::move(made);
+                 }
+                 node->bias = optional_floats(bias), node->epilogue = epilogue(activation);
+                 node->pixels = geo.batch * geo.out_height() * geo.out_width();
                  if (x_half) {
                      node->x = b.planes({{buffer, offset}, strides[1], true}, geo.channels, x_pixels);
                  } else {
@@ -682,7 +709,7 @@ PYBIND11_MODULE(_C, m) {
                      b.add(name + ".phases", std::move(split));
                  }
                  const bool one_phase = phases.needed && geo.taps() == 1 && !geo.pad_top && !geo.pad_left && !geo.pad_bottom && !geo.pad_right;
-                 if (!one_phase && !geo.pointwise()) node->taps = std::make_shared<TapTable>(forward_taps(geo, phases));
+                 if (depthwise || (!one_phase && !geo.pointwise())) node->taps = std::make_shared<TapTable>(forward_taps(geo, phases));
                  b.add(name, std::move(node));
              },
              py::arg("name"), py::arg("geometry"), py::arg("weight"), py::arg("bias"), py::arg("x"), py::arg("x_half"), py::arg("workspace"), py::arg("out"), py::arg("residual"), py::arg("activation"),

@@ -76,6 +76,33 @@ void taps_of_words(const PairTapArgs& a) {
     }
 }
 
+void depthwise_of_floats(const PairDepthwiseArgs& a) {
+    for (int64_t l = 0; l < a.lines; l++) {
+        const int64_t begin = l * kLinePixels;
+        const int room = static_cast<int>(std::min<int64_t>(kLinePixels, (a.groups - 2 * l) * kHalf));
+        float acc[kLinePixels];
+        for (float& sum : acc) sum = a.bias;
+        for (int tap = 0; tap < a.taps; tap++) {
+            const uint16_t* mask = a.tap_mask + size_t(tap) * a.mask_stride + 2 * l;
+            const uint16_t* x = a.x + a.tap_offset[tap] + begin;
+            const float weight = from_bfloat16(a.weight[tap]);
+            for (int i = 0; i < kLinePixels; i++)
+                if (mask[i >> 4] >> (i & 15) & 1) acc[i] += weight * from_bfloat16(x[i]);
+        }
+        for (int i = 0; i < room; i++) {
+            float sum = acc[i];
+            if (a.residual) sum += a.residual[begin + i];
+            if (a.residual16) sum += from_bfloat16(a.residual16[begin + i]);
+            sum = sum < a.low ? a.low : sum > a.high ? a.high : sum;
+            if (a.out) {
+                a.out[begin + i] = sum;
+            } else {
+                a.out16[begin + i] = to_bfloat16(sum);
+            }
+        }
+    }
+}
+
 void narrow_floats(const float* x, int64_t n, uint16_t* to) {
     for (int64_t i = 0; i < n; i++) to[i] = to_bfloat16(x[i]);
 }
@@ -262,6 +289,59 @@ void taps_of_lines(const PairTapArgs& a) {
     }
 }
 
+// Two taps at a time, as two columns of a product. Taps: 0 where their number is not known.
+template <int Taps>
+SE_PAIRS void depthwise_of_taps(const PairDepthwiseArgs& args) {
+    const PairDepthwiseArgs a = args;
+    const int taps = Taps ? Taps : a.taps;
+    const Vec low = splat(a.low), high = splat(a.high), bias = splat(a.bias);
+    for (int64_t l = 0; l < a.lines; l++) {
+        const int64_t begin = l * kLinePixels;
+        auto tap_line = [&](int tap) __attribute__((always_inline)) {
+            __mmask32 mask;
+            std::memcpy(&mask, a.tap_mask + size_t(tap) * a.mask_stride + 2 * l, 4);
+            return _mm512_maskz_loadu_epi16(mask, a.x + a.tap_offset[tap] + begin);
+        };
+        Line sums = {bias, bias}, odd = {zero(), zero()};
+        if (a.residual16) {
+            const __m512i words = _mm512_loadu_si512(a.residual16 + begin);
+            sums = {add(sums.low, lower_words(words)), add(sums.high, upper_words(words))};
+        } else if (a.residual) {
+            const bool both = 2 * l + 1 < a.groups;
+            const Line more = split(load(a.residual + begin), both ? load(a.residual + begin + kHalf) : zero());
+            sums = {add(sums.low, more.low), add(sums.high, more.high)};
+        }
+        int tap = 0;
+#pragma GCC unroll 5
+        for (; tap + 1 < taps; tap += 2) {
+            int both;
+            std::memcpy(&both, a.weight + tap, 4);
+            const __m512bh weights = (__m512bh)_mm512_set1_epi32(both);
+            const __m512i first = tap_line(tap), second = tap_line(tap + 1);
+            Line& to = tap % 4 ? odd : sums;
+            to.low = _mm512_dpbf16_ps(to.low, (__m512bh)_mm512_unpacklo_epi16(first, second), weights);
+            to.high = _mm512_dpbf16_ps(to.high, (__m512bh)_mm512_unpackhi_epi16(first, second), weights);
+        }
+        if (tap < taps) {
+            const __m512bh weights = (__m512bh)_mm512_set1_epi32(a.weight[tap]);
+            const __m512i line = tap_line(tap), none = _mm512_setzero_si512();
+            odd.low = _mm512_dpbf16_ps(odd.low, (__m512bh)_mm512_unpacklo_epi16(line, none), weights);
+            odd.high = _mm512_dpbf16_ps(odd.high, (__m512bh)_mm512_unpackhi_epi16(line, none), weights);
+        }
+        sums = {at_most(at_least(add(sums.low, odd.low), low), high), at_most(at_least(add(sums.high, odd.high), low), high)};
+        if (a.out16) {
+            store_words(a.out16 + begin, sums);
+        } else {
+            store_floats(a.out + begin, sums, 2 * l + 1 < a.groups);
+        }
+    }
+}
+
+SE_PAIRS void depthwise_of_any(const PairDepthwiseArgs& a) {
+    if (a.taps == 9) return depthwise_of_taps<9>(a);
+    depthwise_of_taps<0>(a);
+}
+
 void taps_of_any(const PairTapArgs& a) {
     switch (a.lines) {
         case 1: return taps_of_lines<1>(a);
@@ -307,14 +387,14 @@ PairKernels make_pair_kernels() {
     PairKernels k{};
     k.product[1] = product_of_floats<1>, k.product[2] = product_of_floats<2>;
     k.product[3] = product_of_floats<3>, k.product[4] = product_of_floats<4>;
-    k.taps = taps_of_words, k.narrow = narrow_floats, k.every = every_word, k.split = split_words;
+    k.taps = taps_of_words, k.depthwise = depthwise_of_floats, k.narrow = narrow_floats, k.every = every_word, k.split = split_words;
 #if defined(__AVX512F__)
     k.taps = taps_of_any, k.split = split_lines;
     if (cpu_info().avx512_bf16) {
         k.products = true;
         k.product[1] = product_of_pairs<1>, k.product[2] = product_of_pairs<2>;
         k.product[3] = product_of_pairs<3>, k.product[4] = product_of_pairs<4>;
-        k.narrow = narrow_pairs;
+        k.depthwise = depthwise_of_any, k.narrow = narrow_pairs;
     }
 #endif
     return k;

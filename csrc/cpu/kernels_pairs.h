@@ -47,10 +47,28 @@ struct PairTapArgs {
     uint16_t* tile;  // [columns][lines · kLinePixels]
 };
 
+// One channel of a depthwise convolution, some lines of pixels.
+struct PairDepthwiseArgs {
+    const uint16_t* x;  // plane, at the first pixel
+    const uint16_t* weight;
+    int taps;
+    const int64_t* tap_offset;
+    const uint16_t* tap_mask;  // at the first pixel
+    size_t mask_stride;
+    int64_t lines;
+    int64_t groups;  // of 16 pixels that `out` and `residual` have room for
+    float bias, low, high;
+    const float* residual;
+    const uint16_t* residual16;  // or null, both
+    float* out;
+    uint16_t* out16;  // or null, one of the two
+};
+
 struct PairKernels {
     bool products;  // whether there are instructions for pairs of products: without them this is no faster than single precision
     void (*product[kMaxLines + 1])(const PairArgs&);  // by lines
     void (*taps)(const PairTapArgs&);
+    void (*depthwise)(const PairDepthwiseArgs&);
     void (*narrow)(const float* x, int64_t n, uint16_t* to);
     void (*every)(const uint16_t* x, int64_t step, int64_t n, uint16_t* to);  // to[i] = x[i · step]
     // even[r · out_ld + i] = x[r · ld + 2i] for i < even_n and, unless odd is null, odd[r · out_ld + i] = x[r · ld + 2i + 1] for i < odd_n.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <tuple>
 
 #include "cpu/kernels_pairs.h"
 
@@ -12,6 +13,13 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 uint16_t* halves(float* p) { return reinterpret_cast<uint16_t*>(p); }
 const uint16_t* halves(const float* p) { return reinterpret_cast<const uint16_t*>(p); }
+
+// How many pixels around a tile its taps reach.
+std::pair<int64_t, int64_t> reach_of(const TapTable& taps) {
+    int64_t before = 0, after = 0;
+    for (int64_t offset : taps.offset) before = std::max(before, -offset), after = std::max(after, offset);
+    return {before, after};
+}
 
 // Columns of X for one tile after the other, as the kernel wants them: in bfloat16.
 struct PairSource {
@@ -75,8 +83,7 @@ void PairNode::run(Context& context) const {
     if (pixels == 0 || w.rows == 0) return;
     const Tiles tiles(ceil_div(pixels, kLinePixels), lines, kMaxLines, context.threads);
     PairSource source{k, *this, context.at(x.ref)};
-    if (taps)
-        for (int64_t offset : taps->offset) source.before = std::max(source.before, -offset), source.after = std::max(source.after, offset);
+    if (taps) std::tie(source.before, source.after) = reach_of(*taps);
     const float* bias_data = bias ? bias->data() : nullptr;
     float* out_data = context.at(out.ref);
     const float* residual_data = has_residual ? context.at(residual.ref) : nullptr;
@@ -137,6 +144,57 @@ void PairNode::run(Context& context) const {
             } else {
                 floats.activate(epilogue.kind, epilogue.p0, epilogue.p1, row, out_data + place + r * out.stride, count);
             }
+        }
+    });
+}
+
+void PairDepthwiseNode::run(Context& context) const {
+    const KernelTable& floats = kernels();
+    const PairKernels& k = pair_kernels();
+    if (pixels == 0 || channels == 0) return;
+    const float* in = context.at(x.ref);
+    float* to = context.at(out.ref);
+    const float* add = has_residual ? context.at(residual.ref) : nullptr;
+    const bool pass = epilogue.needs_pass();
+    const auto [before, after] = reach_of(*taps);
+    const int64_t lead = ceil_div(before, kLinePixels) * kLinePixels;
+    // Pixels outermost: a thread then works on the pixels that it also has in the pointwise layers before and after.
+    const int64_t lines = ceil_div(pixels, kLinePixels), chunk = std::clamp<int64_t>(ceil_div(lines, 4 * context.threads), 2, 128);
+    const int64_t chunks = ceil_div(lines, chunk), width = chunk * kLinePixels;
+    const int64_t group = std::clamp<int64_t>(65536 / (width * taps->taps), 1, channels), groups = ceil_div(channels, group);
+    const int64_t window = x.half ? 0 : ceil_div(lead + width + after, 2 * 16) * 16;  // floats
+    parallel_for(groups * chunks, context.threads, [&, before = before, after = after](int64_t item, int slot) {
+        const int64_t line0 = item / groups * chunk, first = line0 * kLinePixels, channel0 = item % groups * group;
+        float* scratch = window || pass ? context.scratch(slot, static_cast<size_t>(window + (pass ? width : 0))) : nullptr;
+        PairDepthwiseArgs a{};
+        a.taps = taps->taps, a.tap_offset = taps->offset.data(), a.mask_stride = taps->mask_stride;
+        a.tap_mask = taps->mask.data() + (first >> 4);
+        a.lines = std::min(chunk, lines - line0);
+        a.groups = std::min(2 * a.lines, ceil_div(pixels - first, 16));
+        a.low = epilogue.low(), a.high = epilogue.high();
+        for (int64_t c = channel0; c < std::min(channels, channel0 + group); c++) {
+            const int64_t plane = c / multiplier * x.stride;
+            if (x.half) {
+                a.x = halves(in) + plane + first;
+            } else {
+                const int64_t low = std::max<int64_t>(0, first - before), high = std::min(x_pixels, first + width + after);
+                uint16_t* strip = halves(scratch) + lead;
+                if (low < high) k.narrow(in + plane + low, high - low, strip + (low - first));
+                a.x = strip;
+            }
+            a.weight = weight->data() + c * taps->taps, a.bias = bias ? (*bias)[c] : 0.0f;
+            if (add) {
+                const int64_t at = c * residual.stride + first;
+                a.residual = residual.half ? nullptr : add + at, a.residual16 = residual.half ? halves(add) + at : nullptr;
+            }
+            const int64_t place = c * out.stride + first;
+            a.out = pass ? scratch + window : out.half ? nullptr : to + place;
+            a.out16 = pass || !out.half ? nullptr : halves(to) + place;
+            k.depthwise(a);
+            if (!pass) continue;
+            float* target = out.half ? a.out : to + place;
+            floats.activate(epilogue.kind, epilogue.p0, epilogue.p1, a.out, target, 16 * a.groups);
+            if (out.half) k.narrow(a.out, 16 * a.groups, halves(to) + place);
         }
     });
 }

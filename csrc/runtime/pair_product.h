@@ -21,22 +21,32 @@ struct Planes {
 // Halves from one plane to the next: whole lines, an odd number of them.
 int64_t padded_half_pixels(int64_t pixels);
 
-class PairNode : public Node {
+// What both kinds of convolutions have.
+class PairBase : public Node {
   public:
-    std::shared_ptr<const PairMatrix> weight;
     std::shared_ptr<const std::vector<float>> bias;  // or null
     int64_t pixels = 0;
-    int lines = 2;  // per tile, at most
-
     Planes x;
     std::shared_ptr<const TapTable> taps;  // of shifts; null: a 1×1 convolution
     int64_t x_pixels = 0;                  // of a plane of x
-
     Planes out;
     bool has_residual = false;
     Planes residual;
     Epilogue epilogue;
+};
 
+class PairNode : public PairBase {
+  public:
+    std::shared_ptr<const PairMatrix> weight;
+    int lines = 2;  // per tile, at most
+    void run(Context& context) const override;
+};
+
+// A depthwise convolution, two taps at a time.
+class PairDepthwiseNode : public PairBase {
+  public:
+    std::shared_ptr<const std::vector<uint16_t>> weight;  // [channels][taps]
+    int64_t channels = 0, multiplier = 1;
     void run(Context& context) const override;
 };
 

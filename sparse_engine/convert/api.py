@@ -234,7 +234,7 @@ def _about_precision(graph: Graph, precision: str, choices: Mapping[str, Mapping
 
 
 def _is_pairs(known: Mapping[str, Any] | None) -> bool:
-    return known is not None and known["choice"]["kernel"] == "pairs"
+    return known is not None and known["choice"]["kernel"] in ("pairs", "depthwise_pairs")
 
 
 def _choose(

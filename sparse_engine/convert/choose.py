@@ -18,6 +18,7 @@ from sparse_engine.convert.graph import Graph
 from sparse_engine.convert.lower import (
     DENSE_PANEL,
     LANES,
+    PAIR_KERNELS,
     PANEL_VECTORS,
     ROUNDED_KERNELS,
     LinearChoice,
@@ -103,7 +104,7 @@ def choose(
             exact, key = known[key], (key, precision)
             if key not in known:
                 known[key] = _rounded(problem, name in residuals, cores, precision, exact, tune)
-        elif pairs and problem.pairs and not problem.depthwise:
+        elif pairs and problem.pairs:
             # Bands and strips hand floats on.
             half = name not in bands and problem.times == 1
             exact, key = known[key], (key, precision, half)
@@ -113,7 +114,7 @@ def choose(
         times = {field: known[key][field] for field in ("ms", "dense_ms")}  # of all strips
         times = {field: ms if ms is None else ms * problem.times for field, ms in times.items()}
         found[name] = dict(known[key], **times, pixels=problem.pixels)
-        if found[name]["choice"]["kernel"] == "pairs" and name in may_round:
+        if found[name]["choice"]["kernel"] in PAIR_KERNELS and name in may_round:
             found[name]["precision"] = precision
     return found
 
@@ -175,10 +176,10 @@ def _in_pairs(
         choice.row_block = default_row_block(problem, choice, threads)
         return choice
 
-    options = [option(*tile) for tile in _PAIR_TILES]
+    options = [option(*tile) for tile in _PAIR_TILES] if not problem.depthwise else [LinearChoice("depthwise_pairs")]
     if not tune:
         kernel = LinearChoice.from_json(exact["choice"]).kernel
-        if kernel not in ("sparse", "row_tiles"):
+        if kernel not in ("sparse", "row_tiles", "depthwise"):
             return exact
         return dict(exact, kernel=describe(options[0]), choice=options[0].to_json())
     plans = [_bench_plan(problem, LinearChoice.from_json(exact["choice"]), residual)]
@@ -264,8 +265,8 @@ def describe(choice: LinearChoice, precision: str = "fp32") -> str:
         return f"vector, {precision} {'rows' if choice.kernel == 'rows' else 'lookups'}"
     if choice.kernel == "row_tiles":
         return "sparse, row tiles"
-    if choice.kernel == "pairs":
-        return "sparse, bf16"
+    if choice.kernel in PAIR_KERNELS:
+        return f"{'sparse' if choice.kernel == 'pairs' else 'depthwise'}, bf16"
     if choice.kernel == "sparse":
         return "sparse" if choice.panel == 1 else f"sparse, {choice.panel}-row panels"
     return choice.kernel

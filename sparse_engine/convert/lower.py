@@ -38,6 +38,8 @@ _CONSTANT_STORAGE = "constants"
 ROUNDED_KERNELS = ("rows", "lookup", "bytes")
 _VECTOR_KERNELS = ("vector", *ROUNDED_KERNELS)
 _PANEL_KERNELS = ("sparse", "dense", "pairs")  # cut into row blocks
+PAIR_KERNELS = ("pairs", "depthwise_pairs")  # compute in bfloat16
+_KERNELS = (*_PANEL_KERNELS, "depthwise_pairs", "row_tiles", "winograd", "depthwise", *_VECTOR_KERNELS)
 
 
 def compile(graph: Graph, batch: int, threads: int | None = None, choices: Any = None) -> NativePlan:
@@ -173,7 +175,7 @@ class LinearChoice:
 
     Args:
         kernel: "sparse" (panel kernel over kept entries), "row_tiles" (the same for convolutions, on tiles of image
-        rows), "pairs" (kept entries and inputs in bfloat16, two at a time), "dense" (panel kernel over all),
+        rows), "pairs" and "depthwise_pairs" (in bfloat16, two entries at a time), "dense" (panel kernel over all),
         "winograd" (over all, with half the multiplications), "depthwise", "vector" (one pixel; kept entries of each
         row, all where most are kept), "rows" (one pixel; all entries), or for one pixel and a rounded weight "lookup"
         or "bytes".
@@ -196,12 +198,7 @@ class LinearChoice:
     def from_json(cls, data: Any) -> LinearChoice:
         """The inverse of `to_json`; raises ConvertError for what no kernel has, since choices also come from files."""
         ranges = {"panel": (1, 8), "part": (1, 256), "row_block": (-1, 1 << 24), "vectors": (1, 8)}
-        if (
-            not isinstance(data, Mapping)
-            or data.keys() != {"kernel", *ranges}
-            or data["kernel"]
-            not in ("sparse", "row_tiles", "pairs", "dense", "winograd", "depthwise", *_VECTOR_KERNELS)
-        ):
+        if not isinstance(data, Mapping) or data.keys() != {"kernel", *ranges} or data["kernel"] not in _KERNELS:
             raise ConvertError(f"a kernel choice has a kernel, {', '.join(ranges)}; got {data!r:.120}")
         for key, (low, high) in ranges.items():
             if not isinstance(data[key], int) or isinstance(data[key], bool) or not low <= data[key] <= high:
@@ -539,6 +536,8 @@ def make_weight(problem: LinearProblem, choice: LinearChoice) -> Any:
         return _C.Weight.product(*weight.csr(), scales, *shape, choice.kernel == "bytes")
     if choice.kernel == "winograd":
         return _C.Weight.winograd(problem.weight, problem.geometry)
+    if choice.kernel == "depthwise_pairs":
+        return _C.Weight.depthwise_pairs(problem.weight)
     if choice.kernel == "pairs":
         return _C.Weight.pairs(*problem.csr(), problem.columns * problem.groups, choice.part, choice.row_block)
     if choice.kernel == "row_tiles":
@@ -568,7 +567,7 @@ def add_linear(
     half: tuple[bool, bool, bool] = (False, False, False),
 ) -> None:
     """Append one linear operator to a `_C.Plan`. half: whether x, output and residual are in bfloat16, for "pairs"."""
-    if choice.kernel == "pairs":
+    if choice.kernel in PAIR_KERNELS:
         plan.pairs(
             problem.name, problem.geometry, weight, bias, x, half[0], workspace, (out, out_stride, half[1]),
             (residual, residual_stride, half[2]) if residual is not None else None, activation, choice.vectors
@@ -697,6 +696,8 @@ class _Lowering:
         return _Place(_Storage(max(1, strides[outer[0]] * sizes[outer[0]])), 0, tuple(sizes), tuple(strides))
 
     def copy(self, source: _Place, target: _Place, name: str) -> _Place:
+        if source.half or target.half:
+            raise ConvertError(f"{name}: there is no copy of values in bfloat16")
         self.copied += math.prod(target.sizes)
         self.step(lambda plan: plan.copy(name, source.view(), target.view()), [source], [target])
         return target
@@ -804,12 +805,12 @@ class _Lowering:
     def _in_pairs(self, node: Node) -> bool:
         """Whether a node computes in bfloat16 at this batch size."""
         known = (self.choices or {}).get(node.name, {}).get("choice")
-        if not known or known["kernel"] != "pairs":
+        if not known or known["kernel"] not in PAIR_KERNELS or math.prod(self.shape(node.output)) == 0:
             return False
-        sizes, rows = self.shape(node.output), self.weight_shape(node)[0]
-        if math.prod(sizes) <= rows:  # a single pixel
-            return False
-        return node.op == "linear" or bool(_C.shifts_only(self._geometry(node, self.shape(node.inputs[0]))))
+        sizes = self.shape(node.inputs[0])
+        problem = self._linear_problem(node, sizes) if node.op == "linear" else self._conv_problem(node, sizes)
+        choice = _lookup(self.choices, problem, self.threads)
+        return choice is not None and choice.kernel in PAIR_KERNELS
 
     def new_half(self, sizes: Sequence[int], channel: int) -> _Place:
         """A fresh place in channel planes of bfloat16."""
@@ -944,18 +945,27 @@ class _Lowering:
             "stride": tuple(attrs["stride"]), "padding": tuple(attrs["padding"]), "dilation": tuple(attrs["dilation"]),
         }  # fmt: skip
 
+    def _conv_problem(self, node: Node, x_sizes: Sequence[int]) -> LinearProblem:
+        n, _, height, width = self.shape(node.output)
+        rows, geometry = self.weight_shape(node)[0], self._geometry(node, x_sizes)
+        return self.problem(node, rows, node.attrs["groups"], geometry, n * height * width)
+
+    def _linear_problem(self, node: Node, x_sizes: Sequence[int]) -> LinearProblem:
+        rows, columns = self.weight_shape(node)
+        geometry = {
+            "n": 1, "c": columns, "h": 1, "w": math.prod(x_sizes[:-1]), "r": 1, "s": 1,
+            "stride": (1, 1), "padding": (0, 0, 0, 0), "dilation": (1, 1),
+        }  # fmt: skip
+        return self.problem(node, rows, 1, geometry, geometry["w"])
+
     def op_conv2d(self, node: Node) -> None:
-        attrs = node.attrs
-        rows = self.weight_shape(node)[0]
         x = self.places[node.inputs[0]]
-        geometry = self._geometry(node, x.sizes)
         sizes = self.shape(node.output)
         if math.prod(sizes) == 0:
             self.places[node.output] = self.new_output(sizes)
             return
-        pixels = sizes[0] * sizes[2] * sizes[3]
-        problem = self.problem(node, rows, attrs["groups"], geometry, pixels)
-        phases = _C.phase_floats(geometry)
+        problem = self._conv_problem(node, x.sizes)
+        pixels, phases = problem.pixels, _C.phase_floats(problem.geometry)
         if phases == 0:
             # A 1×1 convolution without padding reads whole vectors of planes. Anything shifted reads through masks, as
             # this does where planes follow each other without room for whole vectors: the user's own memory will do.
@@ -965,7 +975,7 @@ class _Lowering:
                 or _suits(x, pixels)
                 or (pixels % LANES != 0 and x.strides[1] == pixels > _MASKED_FROM)
             )
-            if not direct or (problem.pixels == 1 and x.strides[1] != 1):
+            if not direct or (problem.pixels == 1 and x.strides[1] != 1 and not x.half):
                 x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
         elif x.strides[3] > 2 or x.strides[3] < 1:
             x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
@@ -973,7 +983,7 @@ class _Lowering:
         self._linear_operator(node, problem, x, out, 1, phases)
 
     def op_linear(self, node: Node) -> None:
-        rows, columns = self.weight_shape(node)
+        columns = self.weight_shape(node)[1]
         x = self.places[node.inputs[0]]
         last = len(x.sizes) - 1
         sizes = self.shape(node.output)
@@ -981,18 +991,7 @@ class _Lowering:
         if math.prod(sizes) == 0:
             self.places[node.output] = self.new(sizes, [last])
             return
-        geometry = {
-            "n": 1,
-            "c": columns,
-            "h": 1,
-            "w": pixels,
-            "r": 1,
-            "s": 1,
-            "stride": (1, 1),
-            "padding": (0, 0, 0, 0),
-            "dilation": (1, 1),
-        }
-        problem = self.problem(node, rows, 1, geometry, pixels)
+        problem = self._linear_problem(node, x.sizes)
         if columns == 0:
             raise ConvertError(f"{node.name}: a linear layer without inputs")
         x = x if pixels == 1 and x.strides[last] == 1 else self.planes(x, last, node.name)
@@ -1023,7 +1022,7 @@ class _Lowering:
             else None
         )
         activation = _activation(node.attrs["activation"])
-        if choice.kernel == "pairs":
+        if choice.kernel in PAIR_KERNELS:
             phases = _C.phase_floats(problem.geometry, half=True)
         workspace = _Place(_Storage(phases), 0, (phases,), (1,)) if phases else None
         residual_stride = (
@@ -1031,6 +1030,9 @@ class _Lowering:
             if residual is not None and problem.rows > 1
             else (out.strides[channel] if residual is not None else 0)
         )
+
+        if choice.kernel not in PAIR_KERNELS and (x.half or out.half or (residual is not None and residual.half)):
+            raise ConvertError(f"{node.name}: {choice.kernel} knows no bfloat16")
 
         def emit(plan: Any) -> None:
             if key not in self.weights:  # only for a plan that is made: others ask for the problems alone
@@ -1458,7 +1460,7 @@ def _lookup(choices: Any, problem: LinearProblem, threads: int) -> LinearChoice 
     if (
         (choice.kernel in _VECTOR_KERNELS) != problem.vector
         or (choice.kernel in ("lookup", "bytes") and problem.rounded is None)
-        or (choice.kernel == "depthwise") != problem.depthwise
+        or choice.kernel.startswith("depthwise") != problem.depthwise
         or (choice.kernel == "dense" and problem.groups != 1)
         or (choice.kernel == "winograd" and not problem.winograd)
         or (choice.kernel == "row_tiles" and not problem.row_tiles)

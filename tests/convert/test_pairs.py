@@ -22,7 +22,8 @@ from sparse_engine.convert.parts import compile_parts
 from sparse_engine.errors import FileFormatError
 from tests.convert.one_conv import reference
 
-NONE = ("none", 0.0, 0.0)
+NONE, SWISH = ("none", 0.0, 0.0), ("hardswish", 0.0, 0.0)
+hardswish = nn.functional.hardswish
 HALF = torch.bfloat16
 
 
@@ -134,12 +135,40 @@ def test_any_shape(data: st.DataObject) -> None:
     close(run(problem, choice, x, bias, NONE, residual, half, draw(1, 2)), expected, half[1])
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_depthwise_shape(data: st.DataObject) -> None:
+    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    flag = lambda: data.draw(st.booleans())  # noqa: E731
+    kernel = data.draw(st.sampled_from([(3, 3), (3, 3), (5, 5), (1, 3), (2, 2), (1, 1)]))
+    stride = data.draw(st.sampled_from([(1, 1), (1, 1), (2, 2), (1, 2)]))
+    padding = tuple(draw(0, 2) for _ in range(4))
+    size = tuple(max(1, kernel[i] - padding[i] - padding[i + 2]) + draw(0, 50) for i in (0, 1))
+    torch.manual_seed(draw(0, 1 << 30))
+    x = torch.randn(draw(1, 3), draw(1, 9), *size)
+    weight = torch.randn(x.shape[1] * draw(1, 2), 1, *kernel)
+    bias = torch.randn(weight.shape[0]) if flag() else None
+    problem = problem_of(x, weight, x.shape[1], stride, padding)
+    if not (problem.pairs and problem.depthwise):
+        return
+    half = (flag(), flag(), flag())
+    activation, function = data.draw(
+        st.sampled_from([(NONE, lambda y: y), (("clamp", 0.0, 6.0), nn.functional.relu6), (SWISH, hardswish)])
+    )
+    expected = expected_of(problem, x, weight, bias)
+    residual = torch.randn(expected.shape) if flag() else None
+    if residual is not None:
+        expected = expected + (rounded(residual) if half[2] else residual)
+    choice = LinearChoice("depthwise_pairs")
+    close(run(problem, choice, x, bias, activation, residual, half, draw(1, 2)), function(expected), half[1])
+
+
 @pytest.mark.parametrize("half", [(False, False, False), (True, True, True), (True, False, True), (False, True, False)])
 @pytest.mark.parametrize(
     ("activation", "function"),
     [
         (("gelu", 0.0, 0.0), nn.functional.gelu),
-        (("hardswish", 0.0, 0.0), nn.functional.hardswish),
+        (SWISH, hardswish),
         (("clamp", 0.0, 6.0), nn.functional.relu6),
     ],
 )
@@ -247,12 +276,15 @@ class Residual(nn.Module):
         self.first, self.second = nn.Conv2d(16, 24, 1), nn.Conv2d(24, 16, 3, padding=1)
         self.down, self.skip = nn.Conv2d(16, 32, 3, 2, 1), nn.Conv2d(16, 32, 1, 2)
         self.grouped, self.last = nn.Conv2d(32, 32, 3, padding=1, groups=4), nn.Conv2d(32, 20, 1)
+        self.depthwise, self.strided = nn.Conv2d(32, 64, 3, 1, 1, groups=32), nn.Conv2d(64, 64, 3, 2, 1, groups=64)
+        self.back = nn.Conv2d(64, 32, 1)
         self.head = nn.Linear(20, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x).relu()
         x = (x + self.second(self.first(x).relu())).relu()
         x = (self.skip(x) + self.down(x)).relu()
+        x = self.back(self.strided(self.depthwise(x).relu()).relu())
         x = self.last(nn.functional.gelu(self.grouped(x)))
         return self.head(x.mean((2, 3)))
 
@@ -271,8 +303,13 @@ def network() -> nn.Module:
 
 
 def all_in_pairs(graph) -> dict:
-    choice = LinearChoice("pairs", 1, 128, 0, 2).to_json()
-    return {node.name: {"choice": choice, "pixels": 1} for node in graph.nodes if node.op in ("conv2d", "linear")}
+    choices = {}
+    for node in graph.nodes:
+        if node.op in ("conv2d", "linear"):
+            depthwise = node.name in ("depthwise", "strided")
+            choice = LinearChoice("depthwise_pairs" if depthwise else "pairs", 1, 128, 0, 2)
+            choices[node.name] = {"choice": choice.to_json(), "pixels": 1}
+    return choices
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 16])
@@ -403,6 +440,6 @@ def test_other_instruction_sets(isa: str) -> None:
     if isa not in _C.cpu_info()["available"] or os.environ.get("SPARSE_ENGINE_ISA"):
         pytest.skip("this processor has not got it, or the test runs in it already")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "test_activations or test_any_shape or test_what_is_not or infinity or test_rounding"]
+    command += ["-k", "test_activations or test_any or test_what_is_not or infinity or test_rounding"]
     done = subprocess.run(command, env={**os.environ, "SPARSE_ENGINE_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
