@@ -1,14 +1,16 @@
-"""Rounded weights at batch 1: single linear layers of 16 MB and more, and whole models, beside PyTorch.
+"""Precisions beside PyTorch: rounded weights at batch 1 (linear layers of 16 MB and more), and networks in bfloat16.
 
     python -m bench.kernels precision
     python -m bench.kernels precision --only mlp
+    python -m bench.kernels precision --only mobilenet
 
-Writes bench/results/precision.json.
+Writes bench/results/precision.json and precision_networks.json.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 import sparse_engine as se
 from bench import results_io
+from bench.networks import IMAGE, NETWORKS, pruned_network
 from bench.rows import merged
 
 # Inputs and outputs of linear layers one after the other, with ReLU between them; 16 to 218 MB dense.
@@ -29,11 +32,17 @@ CHAINS: dict[str, tuple[int, ...]] = {
     "alexnet classifier": (9216, 4096, 4096, 1000),
 }
 SPARSITIES = (0.9, 0.95)
+BATCHES = (1, 16)
 
 
 def run(only: str, threads: int, seconds: float) -> None:
     """Measure the layers and models whose name contains a text; rows of the others stay."""
+    networks = [name for name in NETWORKS if only in name]
+    if networks:
+        _run_networks(networks, threads, seconds)
     wanted = [(name, sizes, sparsity) for name, sizes in CHAINS.items() if only in name for sparsity in SPARSITIES]
+    if not wanted:
+        return
     rows = [measure(*point, threads, seconds) for point in wanted]
     results_io.write(
         "precision",
@@ -45,6 +54,49 @@ def run(only: str, threads: int, seconds: float) -> None:
         "largest difference from float64, relative to the largest output; PyTorch bf16 rounds inputs, weights "
         "and outputs. MB: 10^6 bytes of the .spx constants.",
     )
+
+
+def _run_networks(names: Sequence[str], threads: int, seconds: float) -> None:
+    rows = [measure_network(name, batch, threads, 2 * seconds) for name in names for batch in BATCHES]
+    results_io.write(
+        "precision_networks",
+        rows=merged("precision_networks", rows, ("network", "batch")),
+        claim="Networks pruned to 90 %: executables in bfloat16 beside float32 ones and beside PyTorch in bfloat16.",
+        command="python -m bench.kernels precision",
+        notes=f"{threads} threads; 224x224 images; whole calls in turns. PyTorch: the same pruned model in bfloat16, "
+        "convolutions channels-last, which it multiplies densely. Errors: the largest difference from PyTorch in "
+        "float32, relative to the largest output. bf16_layers: how many compute in bfloat16; the others were "
+        "faster in float32. MB: 10^6 bytes of the .spx constants.",
+    )
+
+
+@torch.no_grad()
+def measure_network(name: str, batch: int, threads: int, seconds: float) -> dict[str, Any]:
+    """One row: a network in both precisions, and PyTorch's own in bfloat16."""
+    model = pruned_network(name, sparsity=0.9)
+    x = torch.randn(batch, *IMAGE, generator=torch.Generator().manual_seed(1))
+    exact = model(x).double()
+    half = copy.deepcopy(model).bfloat16().to(memory_format=torch.channels_last)
+    half_x = x.bfloat16().contiguous(memory_format=torch.channels_last)
+    executables = {p: se.convert(model, x, precision=p, threads=threads) for p in ("fp32", "bf16")}
+    calls: dict[str, Callable[[], Any]] = {p: functools.partial(exe, x) for p, exe in executables.items()}
+    calls["torch_bf16"] = lambda: half(half_x)
+    ms = {call: summary["median_ms"] for call, summary in results_io.interleaved(calls, seconds=seconds).items()}
+    layers = [layer for layer in executables["bf16"].report.layers if layer.op in ("conv2d", "linear")]
+    row = {
+        "network": name,
+        "batch": batch,
+        **{f"{call}_ms": value for call, value in ms.items()},
+        "bf16_over_fp32": ms["fp32"] / ms["bf16"],
+        "bf16_over_torch_bf16": ms["torch_bf16"] / ms["bf16"],
+        "bf16_layers": sum(", bf16" in layer.kernel for layer in layers),
+        "layers": len(layers),
+        **{f"{p}_MB": exe.packed_bytes / 1e6 for p, exe in executables.items()},
+        **{f"{p}_error": _error(exe(x), exact) for p, exe in executables.items()},
+        "torch_bf16_error": _error(half(half_x), exact),
+    }
+    print("{network} batch {batch}: fp32 {fp32_ms:.2f} ms, bf16 {bf16_ms:.2f}, torch {torch_bf16_ms:.1f}".format(**row))
+    return row
 
 
 @torch.no_grad()

@@ -130,6 +130,12 @@ struct Line {
     Vec low, high;
 };
 
+// In a register: as an operand of both shuffles it would be loaded twice.
+SE_INLINE __m512i load_line(const uint16_t* p) {
+    __m512i line = _mm512_loadu_si512(p);
+    asm("" : "+v"(line));
+    return line;
+}
 SE_INLINE Vec lower_words(__m512i x) { return _mm512_castsi512_ps(_mm512_unpacklo_epi16(_mm512_setzero_si512(), x)); }
 SE_INLINE Vec upper_words(__m512i x) { return _mm512_castsi512_ps(_mm512_unpackhi_epi16(_mm512_setzero_si512(), x)); }
 
@@ -154,7 +160,7 @@ SE_PAIRS inline __attribute__((always_inline)) void add_pair(Line (&acc)[L], con
     const __m512bh weights = (__m512bh)_mm512_set1_epi32(both);
 #pragma GCC unroll 4
     for (int l = 0; l < L; l++) {
-        const __m512i a = _mm512_loadu_si512(x0 + l * kLinePixels), b = _mm512_loadu_si512(x1 + l * kLinePixels);
+        const __m512i a = load_line(x0 + l * kLinePixels), b = load_line(x1 + l * kLinePixels);
         acc[l].low = _mm512_dpbf16_ps(acc[l].low, (__m512bh)_mm512_unpacklo_epi16(a, b), weights);
         acc[l].high = _mm512_dpbf16_ps(acc[l].high, (__m512bh)_mm512_unpackhi_epi16(a, b), weights);
     }
@@ -166,7 +172,7 @@ SE_PAIRS inline __attribute__((always_inline)) void add_single(Line (&acc)[L], u
     const __m512i none = _mm512_setzero_si512();
 #pragma GCC unroll 4
     for (int l = 0; l < L; l++) {
-        const __m512i a = _mm512_loadu_si512(x + l * kLinePixels);
+        const __m512i a = load_line(x + l * kLinePixels);
         acc[l].low = _mm512_dpbf16_ps(acc[l].low, (__m512bh)_mm512_unpacklo_epi16(a, none), weights);
         acc[l].high = _mm512_dpbf16_ps(acc[l].high, (__m512bh)_mm512_unpackhi_epi16(a, none), weights);
     }
@@ -187,7 +193,7 @@ SE_INLINE void begin_line_sums(Line (&acc)[L], const PairArgs& a, size_t row) {
         const uint16_t* r = a.residual16 + row * a.residual_stride;
 #pragma GCC unroll 4
         for (int l = 0; l < L; l++) {
-            const __m512i words = _mm512_loadu_si512(r + l * kLinePixels);
+            const __m512i words = load_line(r + l * kLinePixels);
             acc[l] = {add(acc[l].low, lower_words(words)), add(acc[l].high, upper_words(words))};
         }
     } else if (a.residual) {
@@ -304,7 +310,7 @@ SE_PAIRS void depthwise_of_taps(const PairDepthwiseArgs& args) {
         };
         Line sums = {bias, bias}, odd = {zero(), zero()};
         if (a.residual16) {
-            const __m512i words = _mm512_loadu_si512(a.residual16 + begin);
+            const __m512i words = load_line(a.residual16 + begin);
             sums = {add(sums.low, lower_words(words)), add(sums.high, upper_words(words))};
         } else if (a.residual) {
             const bool both = 2 * l + 1 < a.groups;

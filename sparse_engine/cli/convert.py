@@ -53,7 +53,7 @@ def convert(
     ] = True,
     verify: Annotated[bool, typer.Option(help="Compare the outputs with the model's before writing anything.")] = True,
     precision: Annotated[
-        str, typer.Option(help="fp32, bf16 or int8: of linear layers' weights, where that is faster at this batch.")
+        str, typer.Option(help="fp32, bf16 or int8 (the latter: weights of linear layers), where that is faster.")
     ] = "fp32",
     bound: Annotated[
         float | None,

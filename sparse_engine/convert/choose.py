@@ -48,7 +48,7 @@ _TILES = {
 # (rows, columns of a part) of row tiles: what lies in the L1, and half as much more.
 _ROW_TILES = ((8, 144), (8, 252), (7, 180), (4, 252))
 # (lines of 32 pixels, part) of tiles in bfloat16: 8 to 64 KB.
-_PAIR_TILES = ((4, 256), (2, 256), (2, 128), (4, 128), (1, 256))
+_PAIR_TILES = ((4, 256), (3, 256), (4, 128), (2, 256), (1, 256))
 _ROWS_FROM = 0.15  # density from which a dense product with one vector may be faster than a sparse one
 _WORTH_ROUNDING = 1.05  # a rounded weight that is not this much faster stays as it is
 _WORTH_TIMING = 1.5  # candidates that the cost model puts this far behind the best one are not timed
