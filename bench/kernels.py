@@ -172,43 +172,12 @@ def rivals(layer: Layer, weight: Tensor, x: Tensor) -> dict[str, Callable[[], An
     return found
 
 
-_HAND_OVER = 0.01  # seconds
-
-
-def burst_medians(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Milliseconds per call, timed in bursts of about two milliseconds, the contenders in turns.
-
-    Within a network, what a layer reads was just written; in bursts every contender finds its data in the cache. What
-    comes before each burst is not timed: the threads of the last contender go on looking for work for milliseconds.
-    """
-    once = {name: min(_timed(call) for _ in range(4)) for name, call in calls.items()}
-    times = {name: max(1, min(200, math.ceil(0.002 / value))) for name, value in once.items()}
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(min(found.values(), key=len)) < 5:
-        for name, call in calls.items():
-            quiet = time.perf_counter() + _HAND_OVER
-            while time.perf_counter() < quiet:
-                call()
-            begin = time.perf_counter()
-            for _ in range(times[name]):
-                call()
-            found[name].append((time.perf_counter() - begin) / times[name])
-    return {name: 1e3 * statistics.median(values) for name, values in found.items()}
-
-
-def _timed(call: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
-
-
 @torch.no_grad()
 def measure_layer(layer: Layer, structure: str, sparsity: float, threads: int, seconds: float) -> dict[str, Any]:
     weight, x = layer.weight(), layer.input()
     weight *= mask_of(weight, structure, sparsity)
     calls, kernel = ours(layer, weight, x, threads)
-    ms = burst_medians(calls | rivals(layer, weight, x), seconds=seconds)
+    ms = results_io.burst_medians(calls | rivals(layer, weight, x), seconds=seconds)
     dense = {name: value for name, value in ms.items() if name not in ("ours", "SparseLinear", "torch csr")}
     best = min(dense, key=dense.__getitem__)
     rows, depth, columns = layer.product
@@ -447,7 +416,7 @@ def measure_matrix(path: Path, columns: int, threads: int, seconds: float) -> di
         "conv": lambda: functional.conv2d(image, filters),
         "csr": lambda: compressed @ x,
     }
-    ms = burst_medians(calls, seconds=seconds)
+    ms = results_io.burst_medians(calls, seconds=seconds)
     kept = int(weight.count_nonzero())
     return {
         "matrix": path.stem,

@@ -57,13 +57,13 @@ def run(only: str, threads: int, seconds: float) -> None:
 
 
 def _run_networks(names: Sequence[str], threads: int, seconds: float) -> None:
-    rows = [measure_network(name, batch, threads, 2 * seconds) for name in names for batch in BATCHES]
+    rows = [measure_network(name, batch, threads, 3 * seconds) for name in names for batch in BATCHES]
     results_io.write(
         "precision_networks",
         rows=merged("precision_networks", rows, ("network", "batch")),
         claim="Networks pruned to 90 %: executables in bfloat16 beside float32 ones and beside PyTorch in bfloat16.",
         command="python -m bench.kernels precision",
-        notes=f"{threads} threads; 224x224 images; whole calls in turns. PyTorch: the same pruned model in bfloat16, "
+        notes=f"{threads} threads; bursts of calls in turns. PyTorch: the same pruned model in bfloat16, "
         "convolutions channels-last, which it multiplies densely. Errors: the largest difference from PyTorch in "
         "float32, relative to the largest output. bf16_layers: how many compute in bfloat16; the others were "
         "faster in float32. MB: 10^6 bytes of the .spx constants.",
@@ -81,7 +81,7 @@ def measure_network(name: str, batch: int, threads: int, seconds: float) -> dict
     executables = {p: se.convert(model, x, precision=p, threads=threads) for p in ("fp32", "bf16")}
     calls: dict[str, Callable[[], Any]] = {p: functools.partial(exe, x) for p, exe in executables.items()}
     calls["torch_bf16"] = lambda: half(half_x)
-    ms = {call: summary["median_ms"] for call, summary in results_io.interleaved(calls, seconds=seconds).items()}
+    ms = results_io.burst_medians(calls, seconds)
     layers = [layer for layer in executables["bf16"].report.layers if layer.op in ("conv2d", "linear")]
     row = {
         "network": name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ _LARGE = 64 * 2**20
 """Bytes of the array whose reading measures memory bandwidth: larger than the last cache of most processors."""
 _SMALL = 4 * 2**20
 """Bytes of the array whose reading measures the bandwidth of the last cache: what a layer of up to that size needs."""
+_IN_PAIRS = ("pairs", "depthwise_pairs")  # kernels that multiply in bfloat16
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class LayerTime:
         dense_flops: of the dense operation.
         bytes: least traffic: packed weight, inputs and outputs, each once.
         working_set: what one pass over the network touches of these, where a batch runs in several; 0 means all bytes.
+        products: of one lane in an instruction: two in bfloat16, which raises the peak.
     """
 
     name: str
@@ -76,6 +78,7 @@ class LayerTime:
     dense_flops: float
     bytes: float
     working_set: float = 0.0
+    products: int = 1
 
     @property
     def gflops(self) -> float:
@@ -90,14 +93,14 @@ class LayerTime:
     def bound(self, ceilings: Ceilings) -> tuple[str, float]:
         """What limits the layer on this machine (compute, cache or memory), and the share of that limit it reaches."""
         name, gbytes = ceilings.reading(self.working_set or self.bytes)
-        limit = gbytes * self.intensity
-        if limit >= ceilings.peak:
-            limit, name = ceilings.peak, "compute"
+        limit, peak = gbytes * self.intensity, ceilings.peak * self.products
+        if limit >= peak:
+            limit, name = peak, "compute"
         return name, self.gflops / limit if limit else 0.0
 
     def share_of_peak(self, ceilings: Ceilings) -> float:
-        """FLOPs that remain per second, over the machine's peak."""
-        return self.gflops / ceilings.peak if ceilings.peak else 0.0
+        """FLOPs that remain per second, over the machine's peak in the layer's precision."""
+        return self.gflops / (ceilings.peak * self.products) if ceilings.peak else 0.0
 
 
 def measure_ceilings(seconds: float = 0.4, threads: int | None = None) -> Ceilings:
@@ -182,6 +185,8 @@ def measure_layers(
         if node.name in native:
             ms, dense_ms = _median(native[node.name]), _median(dense.get(node.name, [0.0]))
             layers.append(_layer(graph, node, batch, ms, dense_ms, passes))
+            if (executable.choices or {}).get(node.name, {}).get("choice", {}).get("kernel") in _IN_PAIRS:
+                layers[-1] = replace(layers[-1], products=2)
     return layers
 
 

@@ -215,6 +215,22 @@ def test_a_layer_that_fits_the_cache_is_held_to_the_cache():
     compute = LayerTime("c", "conv2d", (1,), 1.0, 1.0, None, None, flops=5e7, dense_flops=5e7, bytes=1e6)
     assert compute.bound(ceilings) == ("compute", pytest.approx(0.5))
     assert compute.share_of_peak(ceilings) == pytest.approx(0.5)
+    halves = LayerTime("e", "conv2d", (1,), 1.0, 1.0, None, None, 5e7, 5e7, bytes=1e6, products=2)
+    assert halves.share_of_peak(ceilings) == pytest.approx(0.25)
+    assert halves.bound(ceilings) == ("compute", pytest.approx(0.25))
+
+
+def test_layers_in_bfloat16_are_held_to_its_peak(monkeypatch):
+    from sparse_engine import _C
+
+    monkeypatch.setattr(_C, "pair_products", lambda: True)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1)).eval()
+    for parameter in model.parameters():
+        parameter.data *= torch.rand_like(parameter) < 0.2
+    x = torch.randn(2, 3, 16, 16)
+    executable = se.convert(model, x, precision="bf16", tune=False)
+    assert [layer.products for layer in measure_layers(executable, [x], repeats=2) if layer.op == "conv2d"] == [2, 2]
 
 
 def test_trace_events(tmp_path):
