@@ -9,7 +9,7 @@ set -euo pipefail
 build=$1 python=$2
 shift 2
 tests=("$@")
-if [ ${#tests[@]} -eq 0 ]; then tests=(tests/ops tests/nn tests/test_isa.py); fi
+if [ ${#tests[@]} -eq 0 ]; then tests=(tests/ops tests/nn tests/test_isa.py tests/convert/test_{pairs,row_tiles,winograd,depthwise}.py); fi
 
 stage=$build/stage
 find sparse_engine -name '*.py' -o -name '*.yaml' -o -name '*.json' -o -name '*.html' -o -name 'py.typed' | while read -r file; do
