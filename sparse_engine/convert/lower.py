@@ -796,11 +796,13 @@ class _Lowering:
             for index, node in enumerate(graph.nodes)
             if node.op in ("conv2d", "linear") and index not in in_strips and self._in_pairs(node)
         }
-        made = {node.output for node in graph.nodes if node.name in pairs} - set(graph.outputs)
+        made = {node.output: node.op for node in graph.nodes if node.name in pairs}
         for node in graph.nodes:
-            if node.name not in pairs:
-                made -= set(node.inputs)
-        return {name for name in made if math.prod(self.shape(name))}
+            for name in node.inputs:
+                # Planes of a convolution are not those of a linear layer, whose channels come last.
+                if node.name not in pairs or made.get(name) != node.op:
+                    made.pop(name, None)
+        return {name for name in made if name not in graph.outputs and math.prod(self.shape(name))}
 
     def _in_pairs(self, node: Node) -> bool:
         """Whether a node computes in bfloat16 at this batch size."""
@@ -1048,7 +1050,7 @@ class _Lowering:
 
         if (
             residual is not None
-            and x.storage is not residual.storage
+            and x.storage.root()[0] is not residual.storage.root()[0]  # one may lie inside the other
             and self._may_overwrite(node.inputs[1], residual, out)
         ):
             out = residual  # added to where it lies: a third less to move than with an output of its own

@@ -137,3 +137,23 @@ def test_an_output_that_is_read_again_or_twice_is_copied() -> None:
         executable = se.convert(model, (x,), tune=False, threads=threads)
         for found, expected in zip(executable(x), model(x), strict=True):
             assert se.convert.relative_error(found, expected.detach()) <= 1e-5
+
+
+def test_a_sum_does_not_overwrite_what_its_other_input_lies_in() -> None:
+    """A part of a concatenation is convolved and added to the whole, whose memory it shares."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = sparse_conv(3, 9, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            part = x.relu() + x
+            return (self.conv(part) + torch.cat([x.relu(), part, x], 1)).relu()[:, 5:]
+
+    torch.manual_seed(0)
+    model = Part().eval()
+    for batch, threads in itertools.product((1, 3), (1, 2)):
+        x = torch.randn(batch, 3, 26, 28)
+        executable = se.convert(model, (x,), tune=False, threads=threads)
+        assert se.convert.relative_error(executable(x), model(x).detach()) <= 1e-5

@@ -340,6 +340,31 @@ def test_values_between_such_layers_are_kept_in_bfloat16() -> None:
     assert some.half == set(convolutions[1:-1]) - {graph.nodes[1].output}, "it reads floats and writes floats"
 
 
+class Mixed(nn.Module):
+    """Convolutions and linear layers that read each other's images, and sums of single channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear, self.again = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(11, 11), nn.Conv2d(4, 6, 3)
+        self.one, self.other, self.last = nn.Conv2d(4, 1, 3, padding=1), nn.Conv2d(4, 1, 1), nn.Conv2d(1, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.conv(x)
+        z = self.linear(y).relu()
+        single = (self.one(z) + self.other(y)).relu()
+        return self.again(z + y), self.conv(self.linear(x)), self.last(single), single.amax((2, 3))
+
+
+def test_linear_layers_and_convolutions_keep_channels_in_other_places() -> None:
+    torch.manual_seed(2)
+    model, x = pruned(Mixed(), 0.6), torch.randn(3, 4, 9, 11)
+    graph = passes.optimise(capture(model, (x,)).graph)
+    for threads in (1, 2):
+        found = lower.compile(graph, 3, threads, all_in_pairs(graph)).run([x])
+        for y, expected in zip(found, model(x), strict=True):
+            assert worst(y, expected) < 2e-2
+
+
 def test_in_bands_and_strips(monkeypatch) -> None:
     from sparse_engine.convert import strips
 
