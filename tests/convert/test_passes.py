@@ -546,3 +546,34 @@ def test_random_networks_are_unchanged(model: nn.Module) -> None:
     x = torch.randn(3, 3, 7, 6, dtype=torch.float64)
     assert relative_error(optimised.run([x])[0], graph.run([x])[0]) <= 1e-10
     assert optimised.bytes() <= graph.bytes() + 1024  # folded biases may be new
+
+
+def shuffled(x: torch.Tensor) -> torch.Tensor:
+    """Channels in two groups, dealt out in turns; twice is the order of before where there are four."""
+    return x.unflatten(1, (2, -1)).transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    "rearranged",
+    [
+        lambda x: x.flatten(2).view(x.shape),
+        lambda x: shuffled(shuffled(x)),
+        lambda x: x.transpose(1, 2).transpose(1, 2),
+        lambda x: x * 1 + 0,
+    ],
+)
+def test_an_output_that_is_an_input_after_all_ends(rearranged) -> None:
+    """There is nothing left to remove: an output cannot take an input's name."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return rearranged(x), self.conv(x)
+
+    model, x = Model().eval(), torch.randn(2, 4, 5, 6)
+    graph = optimise(capture(model, (x,)).graph)
+    for found, expected in zip(graph.run([x]), model(x), strict=True):
+        torch.testing.assert_close(found, expected.detach())

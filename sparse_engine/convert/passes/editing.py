@@ -61,17 +61,18 @@ class Editor:
         nodes[:] = [item for item in nodes if item is not node]
         nodes[next(index for index, item in enumerate(nodes) if item is follower)] = node
 
-    def forward(self, node: Node) -> None:
-        """Drop a node that returns its first input unchanged."""
+    def forward(self, node: Node) -> bool:
+        """Drop a node that returns its first input unchanged; False, with nothing done, where it has to stay."""
         old, new = node.output, node.inputs[0]
         if old in self.graph.outputs and new in self.graph.inputs:
-            return  # outputs keep their names; an input can't take one
+            return False  # outputs keep their names; an input can't take one
         for name in node.inputs:
             self.uses[name] -= 1
         self.uses[new] += self.uses.pop(old, 0)
         del self.producer[old]
         self.graph.nodes[:] = [item for item in self.graph.nodes if item is not node]
         self.graph.replace_uses(old, new)
+        return True
 
     def output_axis(self, node: Node) -> int | None:
         """The axis of the output along which a linear operator's rows lie."""

@@ -28,8 +28,7 @@ def simplify(graph: Graph) -> int:
         if node.op == "reshape" and _lift_over_linear(editor, node):
             count += 1
             continue
-        if _is_neutral(graph, node):
-            editor.forward(node)
+        if _is_neutral(graph, node) and editor.forward(node):
             count += 1
     if count:
         graph.prune()
