@@ -190,7 +190,8 @@ struct PlanBuilder {
     Planes planes(const PyPlanes& p, int64_t rows, int64_t pixels) const {
         const auto& [place, stride, half] = p;
         const int64_t unit = half ? kLinePixels : 16, whole = (pixels + unit - 1) / unit * unit;
-        if (stride < 0 || (half && rows > 1 && stride % kLinePixels)) throw std::invalid_argument("planes in bfloat16 are whole lines apart");
+        if (stride < 0 || (half && rows > 1 && stride % kLinePixels))
+            throw std::invalid_argument("planes in bfloat16 are whole lines apart");
         if (rows > 0 && pixels > 0) check(place.first, place.second, place.second + ((rows - 1) * stride + whole - 1) / (half ? 2 : 1));
         return {{place.first, place.second}, stride, half};
     }
