@@ -326,7 +326,7 @@ def _bench_plan(problem: LinearProblem, choice: LinearChoice, residual: bool, ha
     geometry = problem.geometry
     pixels_in = geometry["n"] * geometry["h"] * geometry["w"]
     padded = _C.padded_half_pixels if half else _C.padded_pixels
-    plane_in, plane_out = padded(pixels_in), padded(problem.pixels)
+    plane_in, plane_out = padded(pixels_in), padded(problem.pixels if problem.vector else max(2, problem.pixels))
     workspace = max(_C.phase_floats(geometry), _C.phase_floats(geometry, half=True))
     x_floats, out_floats = problem.channels * plane_in, problem.rows * plane_out
     x_at, work_at = 0, x_floats

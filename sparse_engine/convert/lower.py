@@ -807,7 +807,9 @@ class _Lowering:
     def _in_pairs(self, node: Node) -> bool:
         """Whether a node computes in bfloat16 at this batch size."""
         known = (self.choices or {}).get(node.name, {}).get("choice")
-        if not known or known["kernel"] not in PAIR_KERNELS or math.prod(self.shape(node.output)) == 0:
+        if not isinstance(known, Mapping) or known.get("kernel") not in PAIR_KERNELS:
+            return False
+        if math.prod(self.shape(node.output)) == 0:
             return False
         sizes = self.shape(node.inputs[0])
         problem = self._linear_problem(node, sizes) if node.op == "linear" else self._conv_problem(node, sizes)
@@ -981,7 +983,11 @@ class _Lowering:
                 x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
         elif x.strides[3] > 2 or x.strides[3] < 1:
             x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
+        spare = self.spare
+        if pixels == 1 and self._choice(problem).kernel not in _VECTOR_KERNELS:
+            self.spare = LANES - 1  # kernels for many pixels store whole vectors
         out = self.new_half(sizes, 1) if node.output in self.half else self.new_output(sizes, node.output)
+        self.spare = spare
         self._linear_operator(node, problem, x, out, 1, phases)
 
     def op_linear(self, node: Node) -> None:
@@ -1466,7 +1472,7 @@ def _lookup(choices: Any, problem: LinearProblem, threads: int) -> LinearChoice 
         or (choice.kernel == "dense" and problem.groups != 1)
         or (choice.kernel == "winograd" and not problem.winograd)
         or (choice.kernel == "row_tiles" and not problem.row_tiles)
-        or (choice.kernel == "pairs" and not problem.pairs)
+        or (choice.kernel in PAIR_KERNELS and not (problem.pairs and _C.pair_products()))
     ):
         return None
     if choice.kernel in _PANEL_KERNELS and (entry.get("pixels") != problem.pixels or threads == 1):

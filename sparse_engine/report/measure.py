@@ -185,7 +185,8 @@ def measure_layers(
         if node.name in native:
             ms, dense_ms = _median(native[node.name]), _median(dense.get(node.name, [0.0]))
             layers.append(_layer(graph, node, batch, ms, dense_ms, passes))
-            if (executable.choices or {}).get(node.name, {}).get("choice", {}).get("kernel") in _IN_PAIRS:
+            choice = (executable.choices or {}).get(node.name, {}).get("choice")
+            if isinstance(choice, Mapping) and choice.get("kernel") in _IN_PAIRS:
                 layers[-1] = replace(layers[-1], products=2)
     return layers
 

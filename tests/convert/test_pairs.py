@@ -387,7 +387,7 @@ def test_in_bands_and_strips(monkeypatch) -> None:
     assert worst(lower.compile(graph, 1, 1, all_in_pairs(graph)).run([x])[0], whole) < 1e-2
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def instructions(monkeypatch):
     """As on a processor that has them: other instruction sets compute the same, slowly."""
     monkeypatch.setattr(_C, "pair_products", lambda: True)
