@@ -269,8 +269,10 @@ std::vector<int32_t> absolute_columns(const std::vector<int64_t>& row_ptr, std::
 }
 
 View nchw(int buffer, int64_t n, int64_t c, int64_t pixels) { return {{buffer, 0}, {n, c, pixels}, {c * pixels, pixels, 1}}; }
+// Planes that kernels write whole vectors to, also where there is a single pixel.
+int64_t written_plane(int64_t pixels) { return padded_pixels(std::max<int64_t>(2, pixels)); }
 View planes(int64_t offset, int64_t n, int64_t c, int64_t pixels) {
-    return {{0, offset}, {n, c, pixels}, {pixels, padded_pixels(n * pixels), 1}};
+    return {{0, offset}, {n, c, pixels}, {pixels, written_plane(n * pixels), 1}};
 }
 
 }  // namespace
@@ -305,7 +307,7 @@ std::shared_ptr<Plan> ConvLayer::plan(const Key& key) {
     make_room(plans_);
 
     int64_t in_pixels = h * w, out_pixels = g.out_height() * g.out_width(), channels = g.channels, lanes = kernels().lanes;
-    int64_t in_plane = padded_pixels(n * in_pixels), out_plane = padded_pixels(n * out_pixels);
+    int64_t in_plane = written_plane(n * in_pixels), out_plane = written_plane(n * out_pixels);
     PhaseLayout phases = phase_layout(g);
     bool use_phases = phases.needed && phases.possible;
     int64_t phase_floats = use_phases ? channels * int64_t(phases.phase_y.size() * phases.phase_x.size()) * phases.plane_stride : 0;
@@ -379,7 +381,7 @@ std::shared_ptr<Plan> ConvLayer::plan(const Key& key) {
         }
         node->pixels = n * pixels;
         node->has_bias_ref = has_bias, node->bias_ref = {3, 0};
-        int64_t out_channels = weight->rows, plane = padded_pixels(n * pixels);
+        int64_t out_channels = weight->rows, plane = written_plane(n * pixels);
         bool in_place = n == 1 && pixels % lanes == 0;
         node->out = in_place ? Ref{2, 0} : Ref{0, take(out_channels * plane)};
         node->out_stride = in_place ? pixels : plane;

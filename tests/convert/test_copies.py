@@ -157,3 +157,39 @@ def test_a_sum_does_not_overwrite_what_its_other_input_lies_in() -> None:
         x = torch.randn(batch, 3, 26, 28)
         executable = se.convert(model, (x,), tune=False, threads=threads)
         assert se.convert.relative_error(executable(x), model(x).detach()) <= 1e-5
+
+
+ONE_PIXEL = [
+    (nn.Conv2d(64, 64, 3, padding=1), (64, 1, 1)),
+    (nn.Conv2d(64, 64, 3, 2, 1), (64, 2, 2)),
+    (nn.Conv2d(64, 64, 1, groups=4), (64, 1, 1)),
+    (nn.Conv2d(8, 64, 5), (8, 5, 5)),
+    (nn.Conv2d(96, 96, 3, padding=1, groups=96), (96, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), ONE_PIXEL)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_convolution_with_one_output_pixel(layer: nn.Conv2d, shape: tuple[int, ...], precision: str) -> None:
+    """Its kernels store whole vectors: each channel has room for one."""
+    torch.manual_seed(0)
+    layer.weight.data *= torch.rand_like(layer.weight) < 0.3
+    for batch, threads in itertools.product((1, 2), (1, 2)):
+        x = torch.randn(batch, *shape)
+        executable = se.convert(layer.eval(), (x,), tune=False, threads=threads, precision=precision)
+        for given in (x, torch.randn(1, *shape)):
+            error = se.convert.relative_error(executable(given), layer(given).detach())
+            assert error <= (1e-5 if precision == "fp32" else 2e-2)
+
+
+@pytest.mark.parametrize(("layer", "shape"), ONE_PIXEL)
+def test_a_sparse_layer_with_one_output_pixel(layer: nn.Conv2d, shape: tuple[int, ...]) -> None:
+    layer.weight.data *= torch.rand_like(layer.weight) < 0.3
+    sparse = se.nn.SparseConv2d.from_dense(layer)
+    x = torch.randn(1, *shape)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = sparse(ours), layer(theirs)
+    torch.testing.assert_close(y, expected)
+    expected.sum().backward()
+    y.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
