@@ -223,9 +223,13 @@ def _about_precision(graph: Graph, precision: str, choices: Mapping[str, Mapping
             f"{pairs} of {layers} layers compute in bfloat16, with sums in float32"
             + ("" if pairs == layers else "; the others in float32, where they are as fast")
         )
-    linear = [node.name for node in graph.nodes if node.op == "linear" and not _is_pairs(choices.get(node.name))]
+    exact = [node for node in graph.nodes if not _is_pairs(choices.get(node.name))]
+    linear = [node.name for node in exact if node.op == "linear"]
     rounded = sum("precision" in choices.get(name, {}) for name in linear)
-    if not linear or (pairs and not rounded):
+    single = sum(node.op == "conv2d" and "precision" in choices.get(node.name, {}) for node in exact)
+    if single:
+        notes.append(f"the weights of {single} convolutions that read one vector are kept in {precision}")
+    if not linear or (notes and not rounded):
         return notes or ["all layers stay in float32, where they are as fast"]
     if rounded == len(linear):
         return [*notes, f"the weights of all {rounded} linear layers are kept in {precision}"]

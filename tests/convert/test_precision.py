@@ -219,3 +219,11 @@ def test_every_build_computes_the_same(isa):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [isa]
+
+
+def test_rounded_convolutions_of_one_pixel_are_told(everything_is_large):
+    model = nn.Conv2d(700, 400, 1).eval()
+    model.weight.data *= torch.rand_like(model.weight) < 0.1
+    report = se.convert(model, torch.randn(1, 700, 1, 1), precision="bf16", tune=False).report
+    assert "the weights of 1 convolutions that read one vector are kept in bf16" in str(report)
+    assert "stay in float32" not in str(report)
