@@ -266,7 +266,7 @@ KDBatch kd_batch(uintptr_t logits, int64_t pitch, int64_t rows, int64_t classes,
 }  // namespace
 
 // Raised together with INTERFACE in sparse_engine/ops/native.py when a name, an argument or a meaning below changes.
-constexpr int kInterface = 10;
+constexpr int kInterface = 11;
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The C++ core of sparse_engine.";
@@ -661,6 +661,38 @@ PYBIND11_MODULE(_C, m) {
              },
              py::arg("name"), py::arg("geometry"), py::arg("weight"), py::arg("bias"), py::arg("x"), py::arg("workspace"), py::arg("out"), py::arg("out_stride"), py::arg("residual"),
              py::arg("residual_stride"), py::arg("activation"), py::arg("vectors"), py::arg("depthwise") = false, py::arg("multiplier") = 1)
+        .def("linear",
+             [](PlanBuilder& b, const std::string& name, const Weight& weight, const std::optional<Array<float>>& bias, const PyView& x_view, const PyView& out_view,
+                const std::optional<PyRef>& residual, int64_t residual_stride, const PyActivation& activation, int vectors) {
+                 const View x = b.view(x_view), out = b.view(out_view);
+                 if (!weight.panels || x.sizes.size() != 2 || out.sizes.size() != 2 || x.sizes[1] != weight.cols || out.sizes[1] != weight.rows || x.sizes[0] != out.sizes[0])
+                     throw std::invalid_argument(name + ": the views do not fit the weight");
+                 if (bias && bias->size() != weight.rows) throw std::invalid_argument(name + ": the bias does not fit the rows");
+                 const int64_t pixels = x.sizes[0], lanes = kernels().lanes, whole = (pixels + lanes - 1) / lanes * lanes;
+                 auto node = std::make_unique<SpmmNode>();
+                 node->weight = weight.panels, node->bias = optional_floats(bias), node->pixels = pixels, node->vectors = std::clamp(vectors, 1, kMaxVectors);
+                 // Planes are read and written by whole vectors, rows to their last element.
+                 auto place = [&](const View& v, bool* rows, int64_t* stride) {
+                     *rows = v.strides[1] == 1;
+                     *stride = v.strides[*rows ? 0 : 1];
+                     if (*rows) return;
+                     if (pixels > 1 && v.strides[0] != 1) throw std::invalid_argument(name + ": a place is neither in rows nor in channel planes");
+                     b.check_planes({v.ref.buffer, v.ref.offset}, v.sizes[1], *stride, whole);
+                 };
+                 bool rows;
+                 place(x, &rows, &node->x_stride);
+                 node->source = rows ? Source::rows : Source::planes, node->x = x.ref;
+                 place(out, &rows, &node->out_stride);
+                 node->destination = rows ? Destination::rows : Destination::planes, node->out = out.ref;
+                 if (residual) {
+                     b.check_planes(*residual, weight.rows, residual_stride, whole);
+                     node->has_residual = true, node->residual = ref(*residual), node->residual_stride = residual_stride;
+                 }
+                 node->epilogue = epilogue(activation);
+                 b.add(name, std::move(node));
+             },
+             py::arg("name"), py::arg("weight"), py::arg("bias"), py::arg("x"), py::arg("out"), py::arg("residual"), py::arg("residual_stride"), py::arg("activation"), py::arg("vectors"),
+             "A linear layer by a panel weight. x: [pixels, columns], out: [pixels, rows], each in rows or in channel planes.")
         .def("pairs",
              [](PlanBuilder& b, const std::string& name, const py::dict& g, const Weight& weight, const std::optional<Array<float>>& bias, const PyView& x, bool x_half, const PyRef& workspace,
                 const PyPlanes& out, const std::optional<PyPlanes>& residual, const PyActivation& activation, int lines) {

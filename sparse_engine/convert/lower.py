@@ -1002,12 +1002,80 @@ class _Lowering:
         problem = self._linear_problem(node, x.sizes)
         if columns == 0:
             raise ConvertError(f"{node.name}: a linear layer without inputs")
+        if self._in_rows(node, problem, x):
+            return
         x = x if pixels == 1 and x.strides[last] == 1 else self.planes(x, last, node.name)
         if pixels == 1 and x.strides[last] != 1 and columns > 1:
             x = self.copy(x, self.new(x.sizes, [last]), f"{node.name}.layout")
         flat = x.with_view((1, columns, 1, pixels), (0, x.strides[last] if columns > 1 else 1, 0, 1))
         out = self.new_half(sizes, last) if node.output in self.half else self.new(sizes, [last])
         self._linear_operator(node, problem, flat, out, last, 0)
+
+    def _in_rows(self, node: Node, problem: LinearProblem, x: _Place) -> bool:
+        """Lower a linear layer that reads or writes rows [pixel][channel] as they are, the caller's for instance.
+
+        The kernel transposes them tile by tile, which costs less than a pass to planes or back. False where neither
+        end is in rows or the kernel knows planes only: then nothing happened.
+        """
+        pixels, columns, last = problem.pixels, problem.channels, len(x.sizes) - 1
+        choice = self._choice(problem)
+        if choice.kernel not in ("sparse", "dense") or pixels == 1 or x.half:
+            return False
+        strides = _view_strides(x.sizes, x.strides, (pixels, columns))
+        reads = strides is not None and strides[1] == 1 and columns > 1
+        written = self._callers_rows(node.output) if problem.rows > 1 else None
+        if not reads and written is None:
+            return False
+        if not reads or strides is None:
+            x = self.planes(x, last, node.name)
+            strides = [1, x.strides[last]]
+        out = self.new(self.shape(node.output), [last]) if written is None else written
+        seen = x.with_view((pixels, columns), strides)
+        out_strides = (1, out.strides[last]) if written is None else (problem.rows, 1)
+        made = out.with_view((pixels, problem.rows), out_strides)
+        bias, residual, weight = self._bias(node), self._residual(node, last), self._weight(node, problem, choice)
+        activation = _activation(node.attrs["activation"])
+        residual_stride = residual.strides[last] if residual is not None else 0
+        self.problems[node.name] = problem
+
+        def emit(plan: Any) -> None:
+            plan.linear(
+                node.name, weight(), bias, seen.view(), made.view(), residual.at() if residual is not None else None,
+                residual_stride, activation, choice.vectors
+            )  # fmt: skip
+
+        self.step(emit, [x] + ([residual] if residual is not None else []), [out])
+        self.places[node.output] = out
+        return True
+
+    def _callers_rows(self, name: str) -> _Place | None:
+        """The caller's memory for an output that nothing else reads."""
+        graph = self.graph
+        if name not in graph.outputs or name in self.last_use or graph.outputs.count(name) > 1:
+            return None
+        return self.outside(len(graph.inputs) + graph.outputs.index(name), name)
+
+    def _bias(self, node: Node) -> numpy.ndarray | None:
+        return _array(self.graph.constants[node.params["bias"]]) if "bias" in node.params else None
+
+    def _residual(self, node: Node, channel: int) -> _Place | None:
+        if len(node.inputs) < 2:
+            return None
+        return self.planes(self.places[node.inputs[1]], channel, f"{node.name}.residual")
+
+    def _weight(self, node: Node, problem: LinearProblem, choice: LinearChoice) -> Callable[[], Any]:
+        """The native weight of a node, packed when the first plan wants it and shared with those after it."""
+        height = choice.vectors if choice.kernel == "row_tiles" else 0
+        key = (node.params["weight"], node.name, choice.kernel, choice.panel, choice.part, choice.row_block, height)
+        problem.forget()
+
+        def packed() -> Any:
+            if key not in self.weights:  # only for a plan that is made: others ask for the problems alone
+                self.weights[key] = make_weight(problem, choice)
+                problem.forget()
+            return self.weights[key]
+
+        return packed
 
     def _linear_operator(
         self, node: Node, problem: LinearProblem, x: _Place, out: _Place, channel: int, phases: int
@@ -1020,15 +1088,7 @@ class _Lowering:
                 x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
         if choice.kernel in _VECTOR_KERNELS and x.strides[1] != 1 and problem.channels > 1:
             x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")
-        height = choice.vectors if choice.kernel == "row_tiles" else 0
-        key = (node.params["weight"], node.name, choice.kernel, choice.panel, choice.part, choice.row_block, height)
-        problem.forget()
-        bias = _array(self.graph.constants[node.params["bias"]]) if "bias" in node.params else None
-        residual = (
-            self.planes(self.places[node.inputs[1]], channel, f"{node.name}.residual")
-            if len(node.inputs) == 2
-            else None
-        )
+        weight, bias, residual = self._weight(node, problem, choice), self._bias(node), self._residual(node, channel)
         activation = _activation(node.attrs["activation"])
         if choice.kernel in PAIR_KERNELS:
             phases = _C.phase_floats(problem.geometry, half=True)
@@ -1043,11 +1103,8 @@ class _Lowering:
             raise ConvertError(f"{node.name}: {choice.kernel} knows no bfloat16")
 
         def emit(plan: Any) -> None:
-            if key not in self.weights:  # only for a plan that is made: others ask for the problems alone
-                self.weights[key] = make_weight(problem, choice)
-                problem.forget()
             add_linear(
-                plan, problem, choice, self.weights[key], bias, x.view(),
+                plan, problem, choice, weight(), bias, x.view(),
                 workspace.at() if workspace else (0, 0), out.at(),
                 out.strides[channel],
                 residual.at() if residual is not None else None, residual_stride, activation,

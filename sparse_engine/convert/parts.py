@@ -114,6 +114,8 @@ def find_cut(graph: Graph, parts: int) -> Cut | None:
         add(nodes)
     if not count or cut_work < _WORTH * work:
         return None
+    if sum(node.op == "conv2d" for node in graph.nodes[:count]) < 2:
+        return None  # bands pay between layers: one alone reads and writes the caller's memory without them
     produced = {node.output for node in graph.nodes[:count]}
     rest = {name for node in graph.nodes[count:] for name in node.inputs} | set(graph.outputs)
     passed = [node.output for node in graph.nodes[:count] if node.output in rest & produced]

@@ -173,6 +173,14 @@ def test_graphs_that_need_whole_images_early_are_not_cut() -> None:
     assert find_cut(graph_of(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), small), 2) is None
 
 
+def test_bands_pay_between_layers() -> None:
+    """One convolution alone reads and writes the caller's memory: bands would only copy."""
+    x = torch.randn(1, 16, 64, 64)
+    one, two = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+    assert find_cut(graph_of(nn.Sequential(one), x), 2) is None
+    assert find_cut(graph_of(nn.Sequential(one, nn.ReLU(), two), x), 2) is not None
+
+
 def test_an_executable_of_one_image_runs_in_parts_from_several_threads() -> None:
     torch.manual_seed(0)
     model = Residual().eval()
