@@ -767,11 +767,13 @@ PYBIND11_MODULE(_C, m) {
                  if (residual) node->has_residual = true, node->residual = ref(*residual);
                  b.add(name, std::move(node));
              })
-        .def("copy", [](PlanBuilder& b, const std::string& name, const PyView& from, const PyView& to) {
+        .def("copy", [](PlanBuilder& b, const std::string& name, const PyView& from, const PyView& to, bool past_cache) {
             View f = b.view(from), t = b.view(to);
             if (f.sizes != t.sizes) throw std::invalid_argument(name + ": sizes differ");
-            b.add(name, std::make_unique<CopyNode>(f, t));
-        })
+            auto node = std::make_unique<CopyNode>(f, t);
+            node->past_cache = past_cache;
+            b.add(name, std::move(node));
+        }, py::arg("name"), py::arg("source"), py::arg("target"), py::arg("past_cache") = false)
         .def("fill", [](PlanBuilder& b, const std::string& name, const PyView& to, float value) { b.add(name, std::make_unique<FillNode>(b.view(to), value)); })
         .def("unary", [](PlanBuilder& b, const std::string& name, const PyView& x, const PyView& y, const PyActivation& a) {
             View from = b.view(x), to = b.view(y);

@@ -273,6 +273,8 @@ struct KernelTable {
     void (*copy)(const float* x, int64_t step, float* y, int64_t n);
     // y[r · y_stride + i] = x[r · x_stride + i] for r < rows, i < n
     void (*copy_rows)(const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t rows, int64_t n);
+    // The same for rows that follow each other in y, which nobody reads soon: past the cache where there are instructions for that.
+    void (*stream_rows)(const float* x, int64_t x_stride, float* y, int64_t rows, int64_t n);
     // even[r · out_ld + i] = x[r · ld + 2i] for i < even_n and, unless odd is null, odd[r · out_ld + i] = x[r · ld + 2i + 1] for i < odd_n.
     void (*split)(const float* x, int64_t ld, int64_t rows, int64_t even_n, int64_t odd_n, float* even, float* odd, int64_t out_ld);
     void (*add_into)(const float* x, int64_t step, float* y, int64_t n);  // y[i] += x[i · step]

@@ -331,6 +331,42 @@ void copy_rows(const float* x, int64_t x_stride, float* y, int64_t y_stride, int
     for (int64_t r = 0; r < rows; r++) std::memcpy(y + r * y_stride, x + r * x_stride, size_t(n) * sizeof(float));
 }
 
+// Rows one after the other in y, past the cache: whole lines of y, each from the end of one row and the beginning of the next.
+void stream_rows(const float* x, int64_t x_stride, float* y, int64_t rows, int64_t n) {
+#if defined(__AVX512F__)
+    const int64_t total = rows * n, offset = static_cast<int64_t>(reinterpret_cast<uintptr_t>(y) / sizeof(float) % kLanes);
+    if (n >= kLanes && total >= 4 * kLanes && reinterpret_cast<uintptr_t>(y) % sizeof(float) == 0) {
+        const float* row = x;
+        int64_t column = 0;  // of y[i] in its row
+        auto next = [&](Mask wanted, int64_t count) {
+            const int64_t left = n - column;
+            Vec v = load_masked(row + column, count < left ? wanted : static_cast<Mask>(wanted & low_bits(left < kLanes ? left : kLanes)));
+            column += count;
+            if (column >= n) {
+                row += x_stride, column -= n;
+                if (column) v = _mm512_mask_loadu_ps(v, static_cast<Mask>(wanted & ~low_bits(left)), row - left);
+            }
+            return v;
+        };
+        const int64_t head = (kLanes - offset) % kLanes;
+        int64_t i = head;
+        if (head) {
+            const Mask mask = mask_of(low_bits(head));
+            _mm512_mask_storeu_ps(y, mask, next(mask, head));
+        }
+        const Mask all = mask_of(low_bits(kLanes));
+        for (; i + kLanes <= total; i += kLanes) _mm512_stream_ps(y + i, next(all, kLanes));
+        if (i < total) {
+            const Mask mask = mask_of(low_bits(total - i));
+            _mm512_mask_storeu_ps(y + i, mask, next(mask, total - i));
+        }
+        _mm_sfence();
+        return;
+    }
+#endif
+    copy_rows(x, x_stride, y, n, rows, n);
+}
+
 void add_into(const float* x, int64_t step, float* y, int64_t n) {
     into(x, step, y, n, [](Vec a, Vec b) { return add(a, b); });
 }
@@ -455,7 +491,7 @@ void fill_elementwise(KernelTable& t) {
     t.scale_shift = scale_shift;
     t.reduce_sum = reduce_sum;
     t.sum_rows = sum_rows;
-    t.copy_rows = copy_rows;
+    t.copy_rows = copy_rows, t.stream_rows = stream_rows;
     t.reduce_max = reduce_max;
     t.softmax_row = softmax_row;
     t.softmax_columns = softmax_columns;

@@ -168,6 +168,8 @@ void CopyNode::run(Context& context) const {
             const int64_t begin = item % groups * group;
             int64_t at[8];
             loops_.offsets(item / groups * rows + begin, at);
+            if (past_cache && loops_.strides[0].back() == loops_.row)
+                return k.stream_rows(from + at[1], loops_.strides[1].back(), to + at[0], std::min(group, rows - begin), loops_.row);
             k.copy_rows(from + at[1], loops_.strides[1].back(), to + at[0], loops_.strides[0].back(), std::min(group, rows - begin),
                         loops_.row);
         });

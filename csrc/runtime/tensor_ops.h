@@ -27,6 +27,7 @@ class CopyNode : public Node {  // also permutes, slices, expands: any strides t
   public:
     CopyNode(View from, View to);
     void run(Context& context) const override;
+    bool past_cache = false;  // the target is large, and nobody reads it soon
 
   private:
     void run_in_strips(Context& context) const;

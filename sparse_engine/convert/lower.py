@@ -80,7 +80,7 @@ def compile(graph: Graph, batch: int, threads: int | None = None, choices: Any =
         return TailedPlan(compile(pieces[0], batch, threads, choices), last)
     count = batch // share if share else 1
     # Several passes run one per thread, a single one on all threads.
-    plan = _Lowering(graph, share, choices, 1 if count >= cores else cores).finish(threads or 0)
+    plan = _Lowering(graph, share, choices, 1 if count >= cores else cores, count).finish(threads or 0)
     if share == batch:
         return plan
     rest = _Lowering(graph, batch % share, choices, cores).finish(threads or 0) if batch % share else None
@@ -119,6 +119,9 @@ def _share(graph: Graph, batch: int, choices: Any, threads: int) -> int:
             break
         wanted //= 2
     return wanted
+
+
+_KEPT = 4  # an output of more than this part of the L3 is written past the caches
 
 
 _TAIL = ("linear", "unary", "scalar", "affine", "softmax")
@@ -595,8 +598,9 @@ class _Step:
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, batch: int, choices: Any, threads: int = 0) -> None:
+    def __init__(self, graph: Graph, batch: int, choices: Any, threads: int = 0, passes: int = 1) -> None:
         self.graph = graph
+        self.passes = passes  # that make a call
         self.threads = threads or _C.get_num_threads()
         self.batch = batch
         self.choices = choices
@@ -695,11 +699,11 @@ class _Lowering:
         strides[outer[0]] = _C.padded_pixels(step)
         return _Place(_Storage(max(1, strides[outer[0]] * sizes[outer[0]])), 0, tuple(sizes), tuple(strides))
 
-    def copy(self, source: _Place, target: _Place, name: str) -> _Place:
+    def copy(self, source: _Place, target: _Place, name: str, past_cache: bool = False) -> _Place:
         if source.half or target.half:
             raise ConvertError(f"{name}: there is no copy of values in bfloat16")
         self.copied += math.prod(target.sizes)
-        self.step(lambda plan: plan.copy(name, source.view(), target.view()), [source], [target])
+        self.step(lambda plan: plan.copy(name, source.view(), target.view(), past_cache), [source], [target])
         return target
 
     def planes(self, place: _Place, channel: int, name: str) -> _Place:
@@ -782,7 +786,9 @@ class _Lowering:
             if math.prod(self.shape(name)):
                 target = self.outside(len(graph.inputs) + index, name)
                 if not self._same_memory(self.places[name], target):
-                    self.copy(self.places[name], target, f"output.{name}")
+                    # What the caches will not keep till the call ends must not drive out what the next pass needs.
+                    large = 4 * math.prod(target.sizes) * self.passes > _C.cpu_info()["l3"] // _KEPT
+                    self.copy(self.places[name], target, f"output.{name}", large)
         self.arena = self._memory_plan()
 
     # -- bfloat16
@@ -977,7 +983,7 @@ class _Lowering:
                 not problem.pointwise
                 or x.storage.root()[0].buffer == 0
                 or _suits(x, pixels)
-                or (pixels % LANES != 0 and x.strides[1] == pixels > _MASKED_FROM)
+                or (pixels % LANES != 0 and x.strides[1] == pixels > _MASKED_FROM and self.passes == 1)
             )
             if not direct or (problem.pixels == 1 and x.strides[1] != 1 and not x.half):
                 x = self.copy(x, self.new(x.sizes, [1]), f"{node.name}.layout")

@@ -193,3 +193,35 @@ def test_a_sparse_layer_with_one_output_pixel(layer: nn.Conv2d, shape: tuple[int
     expected.sum().backward()
     y.sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 40, 14, 14), (1, 700, 7, 7), (2, 30, 3, 5), (1, 64, 196), (1, 9, 1, 1), (0, 4, 5)]
+)
+@pytest.mark.parametrize("offset", [0, 3])
+def test_copies_past_the_cache(sizes: tuple[int, ...], offset: int) -> None:
+    """Planes with room behind them, to rows that follow each other wherever they begin."""
+    rng = numpy.random.default_rng(0)
+    pixels = math.prod(sizes[2:])
+    strides = [sizes[1] * (pixels + 5), pixels + 5, *numpy.cumprod([1, *sizes[:2:-1]])[::-1].tolist()]
+    x = rng.standard_normal(max(1, sizes[0] * strides[0]), dtype=numpy.float32)
+    y = numpy.full(math.prod(sizes) + 32, numpy.nan, dtype=numpy.float32)
+    plan = _C.Plan(16, [x.size, y.size])
+    target = numpy.empty(sizes, dtype=numpy.float32).strides
+    plan.copy(
+        "c", (1, 0, list(sizes), strides), (2, offset, list(sizes), [step // 4 for step in target]), past_cache=True
+    )
+    plan.run([x.ctypes.data, y.ctypes.data], 2)
+    expected = numpy.lib.stride_tricks.as_strided(x, sizes, [4 * step for step in strides])
+    assert numpy.array_equal(y[offset : offset + expected.size].reshape(sizes), expected)
+    assert numpy.isnan(numpy.delete(y, slice(offset, offset + expected.size))).all()
+
+
+def test_large_outputs_of_batches_go_past_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(lower, "_KEPT", 1 << 20)
+    layer = nn.Conv2d(16, 90, 1)
+    layer.weight.data *= torch.rand_like(layer.weight) < 0.2
+    x = torch.randn(9, 16, 14, 14)
+    with torch.no_grad():
+        torch.testing.assert_close(se.convert(layer, (x,), tune=False)(x), layer(x))

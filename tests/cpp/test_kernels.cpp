@@ -443,6 +443,23 @@ TEST(rows_copied) {
         }
 }
 
+TEST(rows_streamed) {
+    for (int64_t n : {1, 7, 15, 16, 17, 31, 49, 64, 196, 200})
+        for (int64_t rows : {0, 1, 2, 9, 40})
+            for (int64_t offset : {0, 1, 4, 15}) {  // of the target, in its line
+                const int64_t from = n + 3, total = rows * n;
+                std::vector<float> x = Random(7).floats(static_cast<size_t>((rows + 1) * from)),
+                                   memory(static_cast<size_t>(total + 48), kPoison);
+                const auto at = reinterpret_cast<uintptr_t>(memory.data()) / sizeof(float) % 16;
+                float* y = memory.data() + (16 - at) % 16 + offset;
+                kernels().stream_rows(x.data(), from, y, rows, n);
+                for (float* p = memory.data(); p != memory.data() + memory.size(); p++) {
+                    const int64_t i = p - y;
+                    CHECK(i >= 0 && i < total ? *p == x[static_cast<size_t>(i / n * from + i % n)] : std::isnan(*p));
+                }
+            }
+}
+
 TEST(softmax_by_row_and_by_column) {
     const int64_t length = 19, width = 21, stride = 24;
     std::vector<float> x = Random(5).floats(static_cast<size_t>(length * stride), -30, 30),
