@@ -9,6 +9,7 @@
 
 #include "core/bfloat16.h"
 #include "core/cpu_features.h"
+#include "core/host_team.h"
 #include "core/recycled.h"
 #include "core/thread_pool.h"
 #include "core/trace.h"
@@ -296,6 +297,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("expect_job", &expect_job);
     m.def("set_num_threads", &set_num_threads, py::arg("n"),
           "Threads for calls that start from now on; 0 = one per core that this process may use.");
+    m.def("jobs_on_host_team", &jobs_on_host_team, "Jobs so far that ran on the OpenMP threads of the host program, PyTorch's, because those were awake.");
     m.def("get_num_threads", &num_threads);
     m.def(
         "kd_rows",

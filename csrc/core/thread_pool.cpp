@@ -1,19 +1,16 @@
 #include "core/thread_pool.h"
 
 #include <sched.h>
-#ifdef __linux__
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
-#endif
 
 #include <algorithm>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "core/cpu_features.h"
+#include "core/host_team.h"
 #include "core/trace.h"
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -100,27 +97,6 @@ void leave_core(int core) {
 #endif
 }
 
-int thread_id() {
-#ifdef __linux__
-    static thread_local const int id = static_cast<int>(syscall(SYS_gettid));
-    return id;
-#else
-    return 0;
-#endif
-}
-
-// Processor time that a thread of this process has used, in nanoseconds; -1 where that is not known.
-int64_t processor_time(int thread) {
-#ifdef __linux__
-    timespec used;
-    const auto clock = static_cast<clockid_t>((~static_cast<unsigned>(thread) << 3) | 6);  // as pthread_getcpuclockid makes it
-    if (thread > 0 && clock_gettime(clock, &used) == 0) return used.tv_sec * int64_t(1000000000) + used.tv_nsec;
-#else
-    (void)thread;
-#endif
-    return -1;
-}
-
 // A thread that this one waits for, or is about to leave alone, may have been stopped: beside a busy neighbour it stands in its core's
 // queue for milliseconds. If it does not run, it comes to this core, which has nothing else to do.
 void fetch_if_stopped(int thread) {
@@ -172,6 +148,7 @@ class Pool {
         job.max_helpers = threads - 1;
         job.caller_core = current_core();
         job.position = trace_position;
+        if (host_team_spins(threads)) return run_on_team(job);
         bool someone_parked;
         {
             std::lock_guard lock(mutex_);
@@ -193,9 +170,7 @@ class Pool {
             jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &job));
         }
         // No worker can join any more. Wait for those that did: for their items, and until they have let go of the job.
-        for (int spin = 0; spin < kSpins && job.unfinished.load(std::memory_order_acquire) != 0; spin++) SE_PAUSE();
-        for (int slot = 1; slot < threads && job.unfinished.load(std::memory_order_acquire) != 0; slot++)
-            if (int thread = job.threads_at[slot].load(std::memory_order_relaxed)) fetch_if_stopped(thread);
+        wait_for_items(job);
         std::unique_lock lock(mutex_);
         done_.wait(lock, [&] { return job.unfinished.load(std::memory_order_acquire) == 0 && job.helpers == 0; });
         if (job.position.node) [[unlikely]]
@@ -203,6 +178,7 @@ class Pool {
     }
 
     void expect_job() {
+        if (threads() > 1 && host_team_spins(threads())) return;
         bool someone_parked;
         {
             std::lock_guard lock(mutex_);
@@ -215,6 +191,29 @@ class Pool {
     }
 
   private:
+    static void run_on_team(Job& job) {
+        run_on_host_team(
+            [](void* given, int member) {
+                Job& mine = *static_cast<Job*>(given);
+                if (member >= mine.threads) return;
+                const int number = std::exchange(pool_worker, member);
+                drain(mine, member);
+                pool_worker = number;
+                if (member) return;
+                wait_for_items(mine);
+            },
+            &job);
+        if (job.position.node) [[unlikely]]
+            job.position.node->joined(Trace::Clock::now());
+    }
+
+    // The caller has no more items to take: waits for those that others have taken, for a while.
+    static void wait_for_items(const Job& job) {
+        for (int spin = 0; spin < kSpins && job.unfinished.load(std::memory_order_acquire) != 0; spin++) SE_PAUSE();
+        for (int slot = 1; slot < job.threads && job.unfinished.load(std::memory_order_acquire) != 0; slot++)
+            if (int thread = job.threads_at[slot].load(std::memory_order_relaxed)) fetch_if_stopped(thread);
+    }
+
     void start_worker() {  // with mutex_ held
         const int number = static_cast<int>(workers_.size()) + 1;
         workers_.emplace_back([this, number] {
