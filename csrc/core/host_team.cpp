@@ -67,12 +67,31 @@ using Clock = std::chrono::steady_clock;
 constexpr auto kLasts = std::chrono::microseconds(200);  // an answer
 constexpr auto kShared = std::chrono::milliseconds(10);  // several threads count as callers for so long after one took turns with another
 
+// Jobs keep the team awake by themselves. Where hardly any time passes between them, nobody else does, and it is let go for a while: our
+// own threads sleep sooner, and do not wait for one that a busy neighbour holds up.
+constexpr auto kWatched = std::chrono::milliseconds(50);
+constexpr auto kLetGo = std::chrono::milliseconds(20);
+constexpr int kHardlyAny = 25;  // one part of so many
+
 // The team that the calling thread leads.
 struct Team {
     int size = 0;
     std::array<std::atomic<int>, kMaxThreads> threads = {};  // the system's numbers
     Clock::time_point asked{};
     bool spins = false;
+    Clock::time_point watched_from{}, job_ended{}, let_go_until{};
+    Clock::duration between{};  // jobs, since then
+
+    void job_begins(Clock::time_point now) {
+        if (now - watched_from > 2 * kWatched) {  // after a pause
+            watched_from = now, between = {};
+            return;
+        }
+        between += now - job_ended;
+        if (now - watched_from <= kWatched) return;
+        if (between < (now - watched_from) / kHardlyAny) let_go_until = now + kLetGo;
+        watched_from = now, between = {};
+    }
 
     void meet(int wanted) {
         size = std::min(wanted, kMaxThreads);
@@ -119,7 +138,7 @@ bool host_team_spins(int threads) {
         team.meet(size);
         team.spins = false, team.asked = now;
     } else if (now - team.asked > kLasts) {
-        team.spins = team.look(), team.asked = now;
+        team.spins = now >= team.let_go_until && team.look(), team.asked = now;
     }
     return team.spins;
 }
@@ -130,12 +149,14 @@ void run_on_host_team(void (*body)(void* data, int member), void* data) {
         void* data;
     } call{body, data};
     jobs.fetch_add(1, std::memory_order_relaxed);
+    team.job_begins(Clock::now());
     openmp().parallel(
         [](void* given) {
             const Call& mine = *static_cast<Call*>(given);
             mine.body(mine.data, openmp().thread_number());
         },
         &call, static_cast<unsigned>(team.size), 0);
+    team.job_ended = Clock::now();
 }
 
 int64_t jobs_on_host_team() { return jobs.load(std::memory_order_relaxed); }

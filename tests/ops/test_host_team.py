@@ -74,6 +74,22 @@ def test_threads_that_sleep_are_left_asleep() -> None:
         assert _C.jobs_on_host_team() == before
 
 
+@needs_two
+def test_threads_that_nobody_else_wakes_are_let_go() -> None:
+    sparse, x = SparseLinear.from_dense(layer()), torch.randn(8192, 512)
+
+    def jobs_in(seconds: float) -> int:
+        before, end = _C.jobs_on_host_team(), time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            sparse(x)
+        return _C.jobs_on_host_team() - before
+
+    with torch.no_grad():
+        x.clone().exp_()
+        jobs_in(0.5)
+        assert jobs_in(0.2) == 0
+
+
 def test_a_forked_process_does_not_wait_for_threads_that_it_lacks() -> None:
     script = IN_TURNS + (
         "expected = sparse(x)\n"
