@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
@@ -197,16 +197,15 @@ def interleaved(
     return summary
 
 
-_PAUSE = 0.01  # seconds
-_WARM_UP = 0.003
+_WARM_UP = 0.005  # seconds
 
 
 def burst_medians(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
     """Median milliseconds per call, timed in bursts of about two milliseconds, the contenders in turns.
 
-    Within a network, what a layer reads was just written; in bursts every contender finds its data in the cache. What
-    comes before each burst is not timed: a pause, since the threads of the last contender go on looking for work for
-    milliseconds, twice as many where somebody else wants their core, and calls until caches and threads are warm.
+    Within a network, what a layer reads was just written; in bursts every contender finds its data in the cache. The
+    calls before each burst, until caches and threads are warm, are not timed. There is no pause: on a shared machine
+    a core that was idle comes back with a neighbour in its caches.
     """
     once = {name: min(_timed(call) for _ in range(4)) for name, call in calls.items()}
     times = {name: max(1, min(200, math.ceil(0.002 / value))) for name, value in once.items()}
@@ -214,7 +213,6 @@ def burst_medians(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dic
     end = perf_counter() + seconds
     while perf_counter() < end or len(min(found.values(), key=len)) < 5:
         for name, call in calls.items():
-            sleep(_PAUSE)
             warm = perf_counter() + _WARM_UP
             while perf_counter() < warm:
                 call()
