@@ -209,7 +209,8 @@ def _signature(problem: LinearProblem, residual: bool) -> Any:
     """Layers that look alike are timed once: same shape, and about as many entries in every panel width."""
     size = max(1, problem.rows * problem.columns)
     entries = tuple(round(50 * problem.panel_entries(panel) / size) for panel in PANEL_VECTORS)
-    return tuple(sorted((k, v) for k, v in problem.geometry.items())), problem.rows, problem.groups, entries, residual
+    shape = tuple(sorted((k, v) for k, v in problem.geometry.items())), problem.rows, problem.groups
+    return shape, entries, residual, problem.in_rows
 
 
 def candidates(problem: LinearProblem, threads: int) -> list[LinearChoice]:
@@ -344,6 +345,18 @@ def _bench_plan(problem: LinearProblem, choice: LinearChoice, residual: bool, ha
     plan.fill("out", (0, out_at, [out_floats * (2 if residual else 1)], [1]), 0.25)
     bias = numpy.zeros(problem.rows, dtype=numpy.float32)
     activation = ("clamp", 0.0, math.inf)
+    if any(problem.in_rows) and choice.kernel in ("sparse", "dense"):
+        columns, pixels = problem.channels, problem.pixels
+        strides_in, strides_out = (
+            [width, 1] if rows else [1, plane]
+            for rows, width, plane in zip(problem.in_rows, (columns, problem.rows), (plane_in, plane_out), strict=True)
+        )
+        plan.linear(
+            problem.name, make_weight(problem, choice), bias, (0, x_at, [pixels, columns], strides_in),
+            (0, out_at, [pixels, problem.rows], strides_out), (0, residual_at) if residual else None, plane_out,
+            activation, choice.vectors
+        )  # fmt: skip
+        return plan
     add_linear(
         plan, problem, choice, make_weight(problem, choice), bias, x, (0, work_at), (0, out_at), plane_out, (0,
         residual_at) if residual else None, plane_out, activation, (half, half, half)

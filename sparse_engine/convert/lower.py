@@ -225,6 +225,7 @@ class LinearProblem:
     rows_of_weight: Callable[[], tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]] | None = None
     rounded: RoundedWeight | None = None  # the weight where it is kept in another precision
     times: float = 1  # how often it is computed for an image: once for each strip
+    in_rows: tuple[bool, bool] = (False, False)  # a linear layer: whether input and output are [pixel][channel]
     _weight: numpy.ndarray | None = None
     _entries: dict[int, int] = field(default_factory=dict)
 
@@ -1042,6 +1043,7 @@ class _Lowering:
         bias, residual, weight = self._bias(node), self._residual(node, last), self._weight(node, problem, choice)
         activation = _activation(node.attrs["activation"])
         residual_stride = residual.strides[last] if residual is not None else 0
+        problem.in_rows = reads, written is not None
         self.problems[node.name] = problem
 
         def emit(plan: Any) -> None:
