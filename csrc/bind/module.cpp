@@ -297,6 +297,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("expect_job", &expect_job);
     m.def("set_num_threads", &set_num_threads, py::arg("n"),
           "Threads for calls that start from now on; 0 = one per core that this process may use.");
+    m.def("leave_host_team", &leave_host_team, "From now on no job runs on the OpenMP threads of the host program.");
     m.def("jobs_on_host_team", &jobs_on_host_team,
           "Jobs so far that ran on the OpenMP threads of the host program, PyTorch's, because those were awake.");
     m.def("get_num_threads", &num_threads);

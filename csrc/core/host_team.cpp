@@ -18,6 +18,14 @@
 #include "core/thread_pool.h"
 
 namespace sparse_engine {
+namespace {
+
+std::atomic<int> callers{0};
+
+}  // namespace
+
+Caller::Caller() : before_(callers.fetch_add(1, std::memory_order_relaxed)) {}
+Caller::~Caller() { callers.fetch_sub(1, std::memory_order_relaxed); }
 
 #ifdef __linux__
 
@@ -41,6 +49,7 @@ struct OpenMP {
     int (*max_threads)() = nullptr;
     int (*in_parallel)() = nullptr;
     int (*thread_number)() = nullptr;
+    int (*team_size)() = nullptr;
 
     // Not linked: only what the program itself has brought, so that there are no two runtimes.
     OpenMP() {
@@ -51,12 +60,14 @@ struct OpenMP {
             return function != nullptr;
         };
         if (!find(max_threads, "omp_get_max_threads") || !find(in_parallel, "omp_in_parallel") ||
-            !find(thread_number, "omp_get_thread_num") || !find(parallel, "GOMP_parallel"))
+            !find(thread_number, "omp_get_thread_num") || !find(team_size, "omp_get_num_threads") || !find(parallel, "GOMP_parallel"))
             parallel = nullptr;
-        pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
     }
-    static inline std::atomic<bool> forked{false};  // a team does not survive that, though its leader thinks so
 };
+
+// A team does not survive a fork, though its leader thinks so. Registered when the module is loaded: the team may be PyTorch's.
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
 
 const OpenMP& openmp() {
     static const OpenMP found;
@@ -93,8 +104,9 @@ struct Team {
         watched_from = now, between = {};
     }
 
-    void meet(int wanted) {
-        size = std::min(wanted, kMaxThreads);
+    void meet(int wanted, Clock::time_point now) {
+        size = wanted;
+        asked = now, spins = false, let_go_until = now + kLetGo;  // by then those sleep again that only this has woken
         for (auto& thread : threads) thread.store(0, std::memory_order_relaxed);
         openmp().parallel(
             [](void* team) {
@@ -111,6 +123,13 @@ struct Team {
     }
 };
 
+void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+}
+
+constexpr int kPatience = 2000;  // looks at members that are not done yet, some tens of microseconds
 thread_local Team team;
 std::atomic<int64_t> jobs{0};
 std::atomic<int> last_caller{0};
@@ -129,31 +148,49 @@ bool is_only_caller(Clock::time_point now) {
 
 bool host_team_spins(int threads) {
     const OpenMP& omp = openmp();
-    if (!omp.parallel || OpenMP::forked.load(std::memory_order_relaxed)) return false;
+    if (!omp.parallel || forked.load(std::memory_order_relaxed)) return false;
     const Clock::time_point now = Clock::now();
     if (!is_only_caller(now)) return false;
     const int size = omp.max_threads();
-    if (size < threads || size < 2 || omp.in_parallel()) return false;
+    if (size < threads || size != num_threads() || omp.in_parallel()) return false;
     if (size != team.size) {
-        team.meet(size);
-        team.spins = false, team.asked = now;
+        team.meet(size, now);
     } else if (now - team.asked > kLasts) {
         team.spins = now >= team.let_go_until && team.look(), team.asked = now;
     }
     return team.spins;
 }
 
-void run_on_host_team(void (*body)(void* data, int member), void* data) {
+void leave_host_team() { forked.store(true, std::memory_order_relaxed); }
+
+void run_on_host_team(void (*body)(void* data, int member), void* data, void (*late)(int thread)) {
     struct Call {
         void (*body)(void*, int);
         void* data;
-    } call{body, data};
+        void (*late)(int);
+        Team* team;
+        std::array<std::atomic<bool>, kMaxThreads> done = {};
+
+        bool all_done(int members) const {
+            return std::all_of(done.begin() + 1, done.begin() + members, [](const auto& d) { return d.load(std::memory_order_acquire); });
+        }
+        // A member that the system has stopped would be waited for where nobody can help it.
+        void wait() {
+            const int members = std::min(team->size, openmp().team_size());
+            for (int spin = 0; spin < kPatience && !all_done(members); spin++) pause();
+            for (size_t i = 1; i < static_cast<size_t>(members); i++)
+                if (!done[i].load(std::memory_order_acquire)) late(team->threads[i].load(std::memory_order_relaxed));
+        }
+    } call{body, data, late, &team};
     jobs.fetch_add(1, std::memory_order_relaxed);
     team.job_begins(Clock::now());
     openmp().parallel(
         [](void* given) {
-            const Call& mine = *static_cast<Call*>(given);
-            mine.body(mine.data, openmp().thread_number());
+            Call& mine = *static_cast<Call*>(given);
+            const int number = openmp().thread_number();
+            mine.body(mine.data, number);
+            mine.done[static_cast<size_t>(number)].store(true, std::memory_order_release);
+            if (number == 0) mine.wait();
         },
         &call, static_cast<unsigned>(team.size), 0);
     team.job_ended = Clock::now();
@@ -167,7 +204,8 @@ int64_t jobs_on_host_team() { return 0; }
 int thread_id() { return 0; }
 long long processor_time(int) { return -1; }
 bool host_team_spins(int) { return false; }
-void run_on_host_team(void (*body)(void* data, int member), void* data) { body(data, 0); }
+void leave_host_team() {}
+void run_on_host_team(void (*body)(void* data, int member), void* data, void (*)(int)) { body(data, 0); }
 
 #endif
 

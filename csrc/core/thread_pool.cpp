@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <utility>
@@ -139,6 +140,7 @@ class Pool {
             for (int64_t i = 0; i < items; i++) body(i, 0);
             return;
         }
+        const Caller caller;
         Job job;
         job.body = &body;
         job.threads = threads;
@@ -148,7 +150,7 @@ class Pool {
         job.max_helpers = threads - 1;
         job.caller_core = current_core();
         job.position = trace_position;
-        if (host_team_spins(threads)) return run_on_team(job);
+        if (caller.alone() && host_team_spins(threads)) return run_on_team(job);
         bool someone_parked;
         {
             std::lock_guard lock(mutex_);
@@ -192,17 +194,25 @@ class Pool {
 
   private:
     static void run_on_team(Job& job) {
+        struct Task {
+            Job& job;
+            std::exception_ptr error;  // of the caller; as on a worker, there is nobody to tell of another thread's
+        } task{job, nullptr};
         run_on_host_team(
             [](void* given, int member) {
-                Job& mine = *static_cast<Job*>(given);
-                if (member >= mine.threads) return;
+                Task& mine = *static_cast<Task*>(given);
+                if (member >= mine.job.threads) return;
                 const int number = std::exchange(pool_worker, member);
-                drain(mine, member);
+                try {
+                    drain(mine.job, member);
+                } catch (...) {
+                    if (member) std::terminate();
+                    mine.error = std::current_exception();
+                }
                 pool_worker = number;
-                if (member) return;
-                wait_for_items(mine);
             },
-            &job);
+            &task, [](int thread) { fetch_if_stopped(thread); });
+        if (task.error) std::rethrow_exception(task.error);
         if (job.position.node) [[unlikely]]
             job.position.node->joined(Trace::Clock::now());
     }

@@ -31,8 +31,8 @@ constexpr int kMaxThreads = 64;
 // Runs body(item, slot) for item = 0 … items-1, on the caller and on idle workers. Returns when all items are done.
 // Each thread starts on its own contiguous share of the items (thread t of n on the t-th of n parts), one item at a time, and then helps
 // the others from the back: neighbouring items stay on one core from job to job, and a worker that the system has descheduled holds up at
-// most one item. Safe to call from several threads at once: each caller always works on its own job, idle workers help wherever work is
-// left.
+// most one item (on the host's team, core/host_team.h, it is fetched, but waited for). Safe to call from several threads at once: each
+// caller always works on its own job, idle workers help wherever work is left.
 void parallel_for(int64_t items, int threads, const WorkFunction& body);
 
 // A job follows in a moment: workers that sleep wake up now, and look out for it longer than usual (some 200 µs). To wake one takes 20 to

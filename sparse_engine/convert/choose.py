@@ -86,7 +86,7 @@ def choose(
     share = _share(graph, batch, None, threads)
     # Several passes over smaller batches run one per thread.
     alone = 1 if batch // max(1, share) >= threads else threads
-    lowering = _Lowering(graph, share, None, alone)
+    lowering = _Lowering(graph, share, None, alone, max(1, batch // max(1, share)))
     lowering.emit_steps()
     residuals = {node.name for node in graph.nodes if node.op in ("conv2d", "linear") and len(node.inputs) == 2}
     bands = part_problems(graph, threads) if batch == 1 and threads > 1 else {}

@@ -59,6 +59,11 @@ def compile(graph: Graph, batch: int, threads: int | None = None, choices: Any =
     Raises:
         ConvertError: the graph computes in another dtype than float32.
     """
+    return _compile(graph, batch, threads, choices, False)
+
+
+def _compile(graph: Graph, batch: int, threads: int | None, choices: Any, read_next: bool) -> NativePlan:
+    """`compile`; read_next: whether another plan reads the outputs at once."""
     cores = threads or _C.get_num_threads()
     if batch == 1 and cores > 1:
         from sparse_engine.convert.parts import compile_parts
@@ -77,10 +82,12 @@ def compile(graph: Graph, batch: int, threads: int | None = None, choices: Any =
         for piece in pieces:
             piece.__dict__["_native_weights"] = graph.__dict__.setdefault("_native_weights", {})
         last = _Lowering(pieces[1], batch, choices, cores).finish(threads or 0)
-        return TailedPlan(compile(pieces[0], batch, threads, choices), last)
+        return TailedPlan(_compile(pieces[0], batch, threads, choices, True), last)
     count = batch // share if share else 1
     # Several passes run one per thread, a single one on all threads.
-    plan = _Lowering(graph, share, choices, 1 if count >= cores else cores, count).finish(threads or 0)
+    lowering = _Lowering(graph, share, choices, 1 if count >= cores else cores, count)
+    lowering.read_next = read_next
+    plan = lowering.finish(threads or 0)
     if share == batch:
         return plan
     rest = _Lowering(graph, batch % share, choices, cores).finish(threads or 0) if batch % share else None
@@ -96,7 +103,7 @@ def _share(graph: Graph, batch: int, choices: Any, threads: int) -> int:
     """How many samples one pass over the graph takes: few enough that activations stay in the cache."""
     if batch <= 1 or not _splits(graph):
         return batch
-    one = _Lowering(graph, 1, choices)
+    one = _Lowering(graph, 1, choices, passes=batch)
     one.emit_steps()
     sample = max(1, 4 * one.arena)
     images = max(1, _C.cpu_info()["l3"] // 2 // max(1, threads) // sample)
@@ -112,7 +119,7 @@ def _share(graph: Graph, batch: int, choices: Any, threads: int) -> int:
     # by one each would read every weight again.
     several_pixels = any(problem.pixels > 1 for problem in one.problems.values())
     while wanted > 1 and several_pixels:
-        several = _Lowering(graph, wanted, choices)
+        several = _Lowering(graph, wanted, choices, passes=max(1, batch // wanted))
         several.emit_steps()
         moved = several.copied / wanted - one.copied
         if moved <= _MOVED * sum(math.prod(one.shape(node.output)) for node in graph.nodes):
@@ -602,6 +609,7 @@ class _Lowering:
     def __init__(self, graph: Graph, batch: int, choices: Any, threads: int = 0, passes: int = 1) -> None:
         self.graph = graph
         self.passes = passes  # that make a call
+        self.read_next = False  # whether another plan reads the outputs at once
         self.threads = threads or _C.get_num_threads()
         self.batch = batch
         self.choices = choices
@@ -788,7 +796,9 @@ class _Lowering:
                 target = self.outside(len(graph.inputs) + index, name)
                 if not self._same_memory(self.places[name], target):
                     # What the caches will not keep till the call ends must not drive out what the next pass needs.
-                    large = 4 * math.prod(target.sizes) * self.passes > _C.cpu_info()["l3"] // _KEPT
+                    cache = _C.cpu_info()["l3"]
+                    large = 4 * math.prod(target.sizes) * self.passes > cache // _KEPT and cache > 0
+                    large = large and not self.read_next
                     self.copy(self.places[name], target, f"output.{name}", large)
         self.arena = self._memory_plan()
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import multiprocessing
 import os
 import threading
 from collections.abc import Callable
@@ -64,6 +65,9 @@ else:
         _import_error = f"the C++ extension cannot be loaded: {_error}"
     else:
         _checked(_extension)
+        # In a child that multiprocessing has forked, PyTorch's threads may exist only in what it remembers of them.
+        if multiprocessing.parent_process() and multiprocessing.get_start_method(allow_none=True) in (None, "fork"):
+            _extension.leave_host_team()
 
 
 def extension() -> ModuleType | None:

@@ -105,6 +105,46 @@ def test_a_forked_process_does_not_wait_for_threads_that_it_lacks() -> None:
     assert run(script).split()[-1] == "0"
 
 
+def test_a_process_that_is_forked_before_the_first_job() -> None:
+    script = (
+        "big.exp()  # PyTorch has threads now\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    for _ in range(5):\n"
+        "        sparse(x)\n"
+        "    os._exit(_C.jobs_on_host_team())\n"
+        "print(os.waitpid(child, 0)[1])\n"
+    )
+    assert run(script).strip() == "0"
+
+
+def test_a_forked_process_that_loads_the_package_itself() -> None:
+    script = (
+        "import multiprocessing, torch\n"
+        "torch.randn(2048, 2048).exp()  # PyTorch has threads now\n"
+        "def work():\n"
+        "    from sparse_engine import _C\n"
+        "    from tests.ops.test_host_team import layer\n"
+        "    from sparse_engine.nn import SparseLinear\n"
+        "    sparse, x = SparseLinear.from_dense(layer(64)), torch.empty(4096, 64)\n"
+        "    for _ in range(5):\n"
+        "        sparse(x)\n"
+        "child = multiprocessing.get_context('fork').Process(target=work)\n"
+        "child.start()\n"
+        "child.join(40)\n"
+        "print(child.exitcode)\n"
+        "child.kill()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.strip() == "0", done.stderr
+
+
 def test_several_callers_beside_operators() -> None:
     sparse, x = SparseLinear.from_dense(layer()), torch.randn(512, 512)
     with torch.no_grad():
