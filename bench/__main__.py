@@ -2,7 +2,8 @@
 
 Engines to compare with and real data are used where they are: ``--engines-python`` (or $SPARSE_ENGINE_PEERS) names the
 interpreter of an environment that holds ONNX Runtime, OpenVINO and DeepSparse, $SPARSE_ENGINE_DATA the data folder.
-The sweep over layers comes last, in what is left of ``--minutes``; where it stops, the next run goes on.
+The sweep over layers comes last, in what is left of ``--minutes``, and networks in bfloat16 have two of them; where
+these stop, the next run goes on.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def main() -> int:
         "overhead": ["bench.runtime", *quick, "overhead"],
         "memory": ["bench.runtime", "memory"],
         "threads": ["bench.runtime", *quick, "threads"],
-        "precision": ["bench.kernels", *quick, "precision"],
+        "precision": ["bench.kernels", *quick, *([] if quick else ["--resume", "--budget", "120"]), "precision"],
         "structured": ["bench.structured", *quick],
         "losses": ["bench.training", *quick, "losses"],
         "training": ["bench.training", *quick, "steps"],

@@ -523,7 +523,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "dlmc" in options.part:
         run_dlmc(options.quick, options.threads, options.resume, budget)
     if "precision" in options.part and not budget.spent:
-        precision.run(options.only, options.threads, 0.5 if options.quick else 2.0)
+        seconds = 0.5 if options.quick else 2.0
+        precision.run(options.only, options.threads, seconds, options.resume, lambda: budget.spent)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import sparse_engine as se
 from bench import results_io
 from bench.networks import IMAGE, NETWORKS, pruned_network
-from bench.rows import merged
+from bench.rows import Unfinished, merged
 
 # Inputs and outputs of linear layers one after the other, with ReLU between them; 16 to 218 MB dense.
 CHAINS: dict[str, tuple[int, ...]] = {
@@ -35,14 +35,29 @@ SPARSITIES = (0.9, 0.95)
 BATCHES = (1, 16)
 
 
-def run(only: str, threads: int, seconds: float) -> None:
-    """Measure the layers and models whose name contains a text; rows of the others stay."""
-    networks = [name for name in NETWORKS if only in name]
-    if networks:
-        _run_networks(networks, threads, seconds)
+def run(only: str, threads: int, seconds: float, resume: bool, spent: Callable[[], bool]) -> None:
+    """Measure the layers and models whose name contains a text; rows of the others stay.
+
+    The networks come last. Where the time is spent, the others are left for another run that resumes.
+    """
     wanted = [(name, sizes, sparsity) for name, sizes in CHAINS.items() if only in name for sparsity in SPARSITIES]
-    if not wanted:
-        return
+    if wanted:
+        _run_chains(wanted, threads, seconds)
+    unfinished, rows = Unfinished("precision_networks", resume), []
+    points = [(name, batch) for name in NETWORKS if only in name for batch in BATCHES]
+    for name, batch in points:
+        if spent() and not unfinished.has((name, batch, threads)):
+            print(f"precision: {len(rows)} of {len(points)} networks measured; go on with --resume", flush=True)
+            break
+        measure_it = functools.partial(measure_network, name, batch, threads, 3 * seconds)
+        rows.append(unfinished.row((name, batch, threads), measure_it))
+    if rows:
+        _write_networks(rows, threads)
+    if len(rows) == len(points):
+        unfinished.finished()
+
+
+def _run_chains(wanted: Sequence[tuple[str, Sequence[int], float]], threads: int, seconds: float) -> None:
     rows = [measure(*point, threads, seconds) for point in wanted]
     results_io.write(
         "precision",
@@ -56,8 +71,7 @@ def run(only: str, threads: int, seconds: float) -> None:
     )
 
 
-def _run_networks(names: Sequence[str], threads: int, seconds: float) -> None:
-    rows = [measure_network(name, batch, threads, 3 * seconds) for name in names for batch in BATCHES]
+def _write_networks(rows: Sequence[dict[str, Any]], threads: int) -> None:
     results_io.write(
         "precision_networks",
         rows=merged("precision_networks", rows, ("network", "batch")),
