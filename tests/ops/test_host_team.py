@@ -8,13 +8,10 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
 import torch
 
 from sparse_engine import _C
 from sparse_engine.nn import SparseLinear
-
-needs_two = pytest.mark.skipif(_C.get_num_threads() < 2, reason="needs two cores")
 
 
 def layer(size: int = 512) -> torch.nn.Linear:
@@ -49,20 +46,20 @@ print(_C.jobs_on_host_team(), y.double().sum().item())
 """
 
 
-@needs_two
 def test_jobs_between_operators_run_on_awake_threads_and_make_the_same_bits() -> None:
-    if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
-        pytest.skip("this PyTorch does not run on OpenMP")
-    count, with_team = run("torch.set_num_threads(2)\n" + IN_TURNS.replace("x\n", "torch.ones(512, 512)\n", 1)).split()
-    none, without = run(
-        "torch.set_num_threads(2)\n" + IN_TURNS.replace("x\n", "torch.ones(512, 512)\n", 1), SPARSE_ENGINE_OPENMP="0"
+    count, with_team = run(
+        "torch.set_num_threads(_C.get_num_threads())\n" + IN_TURNS.replace("x\n", "torch.ones(512, 512)\n", 1)
     ).split()
-    assert int(count) > 0
+    none, without = run(
+        "torch.set_num_threads(_C.get_num_threads())\n" + IN_TURNS.replace("x\n", "torch.ones(512, 512)\n", 1),
+        SPARSE_ENGINE_OPENMP="0",
+    ).split()
+    on_openmp = "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
+    assert (int(count) > 0) == (on_openmp and _C.get_num_threads() > 1)
     assert int(none) == 0
     assert with_team == without
 
 
-@needs_two
 def test_threads_that_sleep_are_left_asleep() -> None:
     sparse, x = SparseLinear.from_dense(layer()), torch.randn(512, 512)
     with torch.no_grad():
@@ -74,7 +71,6 @@ def test_threads_that_sleep_are_left_asleep() -> None:
         assert _C.jobs_on_host_team() == before
 
 
-@needs_two
 def test_threads_that_nobody_else_wakes_are_let_go() -> None:
     sparse, x = SparseLinear.from_dense(layer()), torch.randn(8192, 512)
 
