@@ -199,6 +199,25 @@ LINEAR_CASES = [
     ),
     LinearCase("many rows of x", 40, 30, (300,), seed=4),
     *(LinearCase(f"whole vectors of {n} rows of x", 70, 45, (n,), seed=n) for n in (64, 128, 256)),
+    # Few entries a row of a long weight: the groups of 4 or 8 rows of x lie along the lanes, in both directions.
+    *(
+        LinearCase(f"few entries {rows}x{columns}, {n} rows of x", rows, columns, (n,), density=density, seed=n)
+        for rows, columns, n, density in [
+            (784, 784, 128, 0.005),
+            (784, 784, 256, 0.015),
+            (31, 1100, 64, 0.2),
+            (1701, 37, 128, 0.05),
+            (801, 1303, 192, 0.004),
+            (5, 4098, 128, 0.1),
+            (769, 65, 1024, 0.1),
+        ]
+    ),
+    LinearCase("few entries, no bias", 780, 70, (2, 64), density=0.1, bias=False),
+    LinearCase("few entries, blocks", 800, 771, (128,), Block((4, 1)), density=0.01),
+    LinearCase("few entries, wide rows", 37, 800, (128,), density=0.2, layout="wide rows"),
+    LinearCase("few entries, empty rows and nan", 800, 70, (128,), density=0.1, special=("empty rows", "nan")),
+    LinearCase("few entries, infinity", 70, 800, (128,), density=0.1, special=("infinity",)),
+    LinearCase("few entries, minus zero kept", 70, 800, (128,), density=0.1, special=("minus zero kept",)),
     LinearCase("whole vectors, infinity", 24, 45, (2, 128), special=("infinity",)),
     LinearCase("more columns than a cache tile", 24, 3000, (9,), density=0.05, seed=5),
     LinearCase("no leading dimensions", 37, 53, ()),

@@ -69,6 +69,7 @@ struct BatchConv::Window {
 
     void clear_edges() {
         int64_t lanes = k.lanes, width = conv.horizontal_.source_size, right = conv.padded_ - conv.left_ - width;
+        if (conv.left_ == 0 && right == 0) return;
         for (int64_t i = 0; i < capacity * conv.channels_; i++) {
             float* line = rows + i * conv.padded_ * lanes;
             std::memset(line, 0, size_t(conv.left_ * lanes) * sizeof(float));

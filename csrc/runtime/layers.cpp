@@ -153,21 +153,34 @@ std::shared_ptr<const BatchConv> SparseOperator::batched(bool backward, const Co
 namespace {
 
 // A second thread costs more than it brings below so many products: some ten microseconds of work.
-constexpr int64_t kWorthAThread = int64_t(1) << 20;
+constexpr int64_t kWorthAThread = int64_t(1) << 18;
+constexpr int64_t kFewEntries = 16;        // of a row
+constexpr int64_t kWorthLanes = 768;       // rows or columns
+constexpr int64_t kLaneBytes = 640 << 10;  // of the inputs of one group of images, which should stay in the L2
 
-int threads_for(int64_t nnz, int64_t n) { return nnz * n < kWorthAThread ? 1 : num_threads(); }
+bool worth_threads(int64_t nnz, int64_t n) { return nnz * n >= kWorthAThread; }
+int threads_for(int64_t nnz, int64_t n) { return worth_threads(nnz, n) ? num_threads() : 1; }
 
 }  // namespace
 
-std::shared_ptr<const BatchConv> LinearLayer::batch(int64_t ld_in, int64_t ld_out, int64_t n, int64_t* width) {
+// A tile of the product visits every row of the weight, and where rows have few entries the visits are what costs: images
+// along the lanes need half as many.
+bool LinearLayer::few_entries() const {
+    const int64_t longest = std::max(rows, cols);
+    return longest >= kWorthLanes && nnz() <= kFewEntries * longest;
+}
+
+std::shared_ptr<const BatchConv> LinearLayer::batch(bool backward, bool fresh, int64_t ld_in, int64_t ld_out, int64_t n, int64_t* width) {
     const int64_t lanes = kernels().lanes;
     if (ld_in != cols || ld_out != rows) return nullptr;
+    // Two groups of images at least where two threads share them; whether they would must not depend on how many there are.
+    const int64_t groups = worth_threads(nnz(), n) ? 2 : 1;
     for (int64_t pixels : {8, 4}) {
-        // Two groups of images at least, so that two threads share them.
-        if (n % (pixels * lanes) || n < 2 * pixels * lanes) continue;
+        if (pixels > 4 && (backward ? rows : cols) * pixels * lanes * int64_t(sizeof(float)) > kLaneBytes) continue;
+        if (n % (pixels * lanes) || n < groups * pixels * lanes) continue;
         ConvGeometry g;
         g.channels = cols, g.width = *width = pixels;
-        return batched(false, g, false);
+        return batched(backward, g, fresh);
     }
     return nullptr;
 }
@@ -219,6 +232,9 @@ std::shared_ptr<Plan> LinearLayer::plan(const Key& key) {
 
 void LinearLayer::forward(const float* x, int64_t ldx, int64_t n, float* y, int64_t ldy, const float* bias) {
     if (n == 0) return;
+    int64_t width;
+    if (auto fast = few_entries() ? batch(false, true, ldx, ldy, n, &width) : nullptr)
+        return fast->run({x, true}, n / width, {y, true}, bias, threads_for(nnz(), n));
     auto p = plan({0, n, ldx, ldy, bias != nullptr});
     // Brings new values in. A single row that is too large for the lookup reads the values as they are.
     if (!(n <= kFewVectors && lookup_matrix()) && n > 1) SparseOperator::forward_matrix();
@@ -228,6 +244,9 @@ void LinearLayer::forward(const float* x, int64_t ldx, int64_t n, float* y, int6
 
 void LinearLayer::input_grad(const float* dy, int64_t lddy, int64_t n, float* dx, int64_t lddx) {
     if (n == 0) return;
+    int64_t width;
+    if (auto fast = few_entries() ? batch(true, true, lddx, lddy, n, &width) : nullptr)
+        return fast->run({dy, true}, n / width, {dx, true}, nullptr, threads_for(nnz(), n));
     auto p = plan({1, n, lddy, lddx, false});
     transposed_matrix();
     float* pointers[] = {const_cast<float*>(dy), dx, nullptr};
@@ -236,7 +255,7 @@ void LinearLayer::input_grad(const float* dy, int64_t lddy, int64_t n, float* dx
 
 void LinearLayer::weight_grad(const float* dy, int64_t lddy, const float* x, int64_t ldx, int64_t n, float* dvalues) {
     int64_t width;
-    if (auto fast = n > 0 ? batch(ldx, lddy, n, &width) : nullptr)
+    if (auto fast = n > 0 ? batch(false, false, ldx, lddy, n, &width) : nullptr)
         return fast->weight_grad({dy, true}, {x, true}, n / width, dvalues, threads_for(nnz(), n));
     auto p = plan({2, n, ldx, lddy, false});
     float* pointers[] = {const_cast<float*>(dy), const_cast<float*>(x), dvalues};

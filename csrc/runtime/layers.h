@@ -66,8 +66,9 @@ class LinearLayer : public SparseOperator {
   private:
     using Key = std::tuple<int, int64_t, int64_t, int64_t, bool>;
     std::shared_ptr<Plan> plan(const Key& key);
+    bool few_entries() const;
     // Rows of x taken as images of `*width` pixels each, channels last; null where their number does not fill vectors.
-    std::shared_ptr<const BatchConv> batch(int64_t ld_in, int64_t ld_out, int64_t n, int64_t* width);
+    std::shared_ptr<const BatchConv> batch(bool backward, bool fresh, int64_t ld_in, int64_t ld_out, int64_t n, int64_t* width);
     std::map<Key, std::shared_ptr<Plan>> plans_;
 };
 

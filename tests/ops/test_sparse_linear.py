@@ -115,11 +115,17 @@ def test_the_weight_gradient_is_never_dense(structure, monkeypatch):
     assert watch.largest < 61 * 53 / 2
 
 
+@pytest.mark.parametrize(
+    "case",
+    [LinearCase("tiles", 130, 257, (70,), seed=9)]
+    + [LinearCase(f"lanes, {n} rows", 900, 800, (n,), density=0.01, seed=9) for n in (64, 128, 512)],
+    ids=lambda case: case.name,
+)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_same_result_run_to_run_and_at_any_thread_count(backend):
+def test_same_result_run_to_run_and_at_any_thread_count(backend, case):
     from sparse_engine import _C
 
-    data = LinearCase("", 130, 257, (70,), seed=9).make()
+    data = case.make()
     before = _C.get_num_threads()
     results = []
     try:
