@@ -218,6 +218,21 @@ LINEAR_CASES = [
     LinearCase("few entries, empty rows and nan", 800, 70, (128,), density=0.1, special=("empty rows", "nan")),
     LinearCase("few entries, infinity", 70, 800, (128,), density=0.1, special=("infinity",)),
     LinearCase("few entries, minus zero kept", 70, 800, (128,), density=0.1, special=("minus zero kept",)),
+    # So few entries that they are taken one at a time.
+    *(
+        LinearCase(f"some entries {rows}x{columns}, {n} rows of x", rows, columns, (n,), density=density, seed=n)
+        for rows, columns, n, density in [
+            (10, 784, 128, 0.005),
+            (784, 10, 300, 0.005),
+            (600, 700, 5, 0.0003),
+            (600, 700, 1, 0.0003),
+            (45, 53, 2000, 0.003),
+        ]
+    ),
+    LinearCase("some entries, no bias, wide rows", 10, 784, (3, 50), density=0.005, bias=False, layout="wide rows"),
+    LinearCase("some entries, blocks", 96, 784, (33,), Block((4, 1)), density=0.0005, seed=2),
+    LinearCase("some entries, nan", 10, 784, (20,), density=0.005, special=("nan",)),
+    LinearCase("some entries, infinity", 10, 784, (20,), density=0.005, special=("infinity",)),
     LinearCase("whole vectors, infinity", 24, 45, (2, 128), special=("infinity",)),
     LinearCase("more columns than a cache tile", 24, 3000, (9,), density=0.05, seed=5),
     LinearCase("no leading dimensions", 37, 53, ()),

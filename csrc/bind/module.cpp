@@ -267,7 +267,7 @@ KDBatch kd_batch(uintptr_t logits, int64_t pitch, int64_t rows, int64_t classes,
 }  // namespace
 
 // Raised together with INTERFACE in sparse_engine/ops/native.py when a name, an argument or a meaning below changes.
-constexpr int kInterface = 11;
+constexpr int kInterface = 12;
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "The C++ core of sparse_engine.";
@@ -368,6 +368,11 @@ PYBIND11_MODULE(_C, m) {
                 l.weight_grad(address(dy), lddy, address(x), ldx, n, address(dv));
             },
             Release())
+        .def(
+            "gradients",
+            [](LinearLayer& l, uintptr_t dy, int64_t lddy, uintptr_t x, int64_t ldx, int64_t n, uintptr_t dx, int64_t lddx, uintptr_t dv,
+               uintptr_t db) { l.gradients(address(dy), lddy, address(x), ldx, n, address(dx), lddx, address(dv), address(db)); },
+            "Those of the input, the values and the bias, each where its address is not 0.", Release())
         .def_property_readonly("nbytes", &LinearLayer::nbytes)
         .def_property_readonly("nnz", &LinearLayer::nnz);
 

@@ -232,6 +232,7 @@ std::shared_ptr<Plan> LinearLayer::plan(const Key& key) {
 
 void LinearLayer::forward(const float* x, int64_t ldx, int64_t n, float* y, int64_t ldy, const float* bias) {
     if (n == 0) return;
+    if (entries_ && n > kFewVectors) return entries_->forward(values_->data(), x, ldx, n, y, ldy, bias);
     int64_t width;
     if (auto fast = few_entries() ? batch(false, true, ldx, ldy, n, &width) : nullptr)
         return fast->run({x, true}, n / width, {y, true}, bias, threads_for(nnz(), n));
@@ -244,6 +245,7 @@ void LinearLayer::forward(const float* x, int64_t ldx, int64_t n, float* y, int6
 
 void LinearLayer::input_grad(const float* dy, int64_t lddy, int64_t n, float* dx, int64_t lddx) {
     if (n == 0) return;
+    if (entries_) return entries_->input_grad(values_->data(), dy, lddy, n, dx, lddx);
     int64_t width;
     if (auto fast = few_entries() ? batch(true, true, lddx, lddy, n, &width) : nullptr)
         return fast->run({dy, true}, n / width, {dx, true}, nullptr, threads_for(nnz(), n));
@@ -254,12 +256,33 @@ void LinearLayer::input_grad(const float* dy, int64_t lddy, int64_t n, float* dx
 }
 
 void LinearLayer::weight_grad(const float* dy, int64_t lddy, const float* x, int64_t ldx, int64_t n, float* dvalues) {
+    if (entries_) return entries_->weight_grad(dy, lddy, x, ldx, n, dvalues);
     int64_t width;
     if (auto fast = n > 0 ? batch(false, false, ldx, lddy, n, &width) : nullptr)
         return fast->weight_grad({dy, true}, {x, true}, n / width, dvalues, threads_for(nnz(), n));
     auto p = plan({2, n, ldx, lddy, false});
     float* pointers[] = {const_cast<float*>(dy), const_cast<float*>(x), dvalues};
     p->run(pointers, 0);
+}
+
+void LinearLayer::gradients(const float* dy, int64_t lddy, const float* x, int64_t ldx, int64_t n, float* dx, int64_t lddx, float* dvalues,
+                            float* dbias) {
+    if (dx) input_grad(dy, lddy, n, dx, lddx);
+    if (dvalues) weight_grad(dy, lddy, x, ldx, n, dvalues);
+    if (!dbias) return;
+    // Sums of a few rows in float, of these in double: as exact for many rows as for few.
+    constexpr int64_t kColumns = 256, kRows = 64;
+    const int threads = n * rows < kWorthAThread ? 1 : num_threads();
+    parallel_for((rows + kColumns - 1) / kColumns, threads, [&](int64_t part, int) {
+        const int64_t first = part * kColumns, columns = std::min(kColumns, rows - first);
+        float some[kColumns];
+        double sums[kColumns] = {};
+        for (int64_t row = 0; row < n; row += kRows) {
+            kernels().add_rows(dy + row * lddy + first, lddy, static_cast<int>(std::min(kRows, n - row)), some, columns);
+            for (int64_t i = 0; i < columns; i++) sums[i] += double(some[i]);
+        }
+        std::copy(sums, sums + columns, dbias + first);
+    });
 }
 
 // ---------------------------------------------------------------------------------------------------------------- convolution

@@ -10,6 +10,7 @@
 #include "pack/panel_matrix.h"
 #include "pack/vector_matrix.h"
 #include "runtime/batch_conv.h"
+#include "runtime/entry_product.h"
 #include "runtime/linear_operator.h"
 #include "runtime/plan.h"
 
@@ -58,18 +59,26 @@ class SparseOperator {
 class LinearLayer : public SparseOperator {
   public:
     LinearLayer(std::vector<int64_t> row_ptr, std::vector<int32_t> col, int64_t rows, int64_t cols)
-        : SparseOperator(std::move(row_ptr), std::move(col), rows, cols) {}
+        : SparseOperator(std::move(row_ptr), std::move(col), rows, cols) {
+        if (nnz() * kTransposedPerEntry <= rows + cols) entries_ = std::make_unique<EntryProduct>(rows, cols, *row_ptr_, *col_);
+    }
     void forward(const float* x, int64_t ldx, int64_t n, float* y, int64_t ldy, const float* bias);
     void input_grad(const float* dy, int64_t lddy, int64_t n, float* dx, int64_t lddx);
     void weight_grad(const float* dy, int64_t lddy, const float* x, int64_t ldx, int64_t n, float* dvalues);
+    // What a step backwards needs, at once; any of dx, dvalues and dbias may be null, and x is read for dvalues only.
+    void gradients(const float* dy, int64_t lddy, const float* x, int64_t ldx, int64_t n, float* dx, int64_t lddx, float* dvalues,
+                   float* dbias);
 
   private:
     using Key = std::tuple<int, int64_t, int64_t, int64_t, bool>;
+    // So many elements of a row of x or y are brought into lanes and back in the time that one entry by itself takes.
+    static constexpr int64_t kTransposedPerEntry = 8;
     std::shared_ptr<Plan> plan(const Key& key);
     bool few_entries() const;
     // Rows of x taken as images of `*width` pixels each, channels last; null where their number does not fill vectors.
     std::shared_ptr<const BatchConv> batch(bool backward, bool fresh, int64_t ld_in, int64_t ld_out, int64_t n, int64_t* width);
     std::map<Key, std::shared_ptr<Plan>> plans_;
+    std::unique_ptr<const EntryProduct> entries_;  // null where transposing pays
 };
 
 class ConvLayer : public SparseOperator {

@@ -41,7 +41,7 @@ _LARGE = 2**19
 
 # What this code expects of the C++ module. Raised here and in csrc/bind/module.cpp together when a name, an argument or
 # a meaning changes there: an old module beside newer Python is then refused instead of failing somewhere.
-INTERFACE = 11
+INTERFACE = 12
 
 
 def _checked(module: ModuleType) -> ModuleType:

@@ -398,7 +398,25 @@ class EagerLinear(torch.autograd.Function):
             rest = (pattern.row_ptr, pattern.cols, pattern.rows, pattern.columns, list(pattern.block), "auto")
             dx = op.sparse_linear_input_grad(grad, values, *rest) if wants_x else None
             dvalues = op.sparse_linear_weight_grad(grad, x, *rest) if wants_values else None
-        else:
-            dx = _native_input_grad(grad, values, native_linear, pattern.columns) if wants_x else None
-            dvalues = _native_weight_grad(grad, x, native_linear, pattern.num_values) if wants_values else None
-        return dx, dvalues, bias_gradient(grad) if wants_bias else None, None, None
+            return dx, dvalues, bias_gradient(grad) if wants_bias else None, None, None
+        dx = torch.empty(x.shape, dtype=torch.float32) if wants_x else None
+        dvalues = torch.empty(native_linear.handle.nnz, dtype=torch.float32) if wants_values else None
+        dbias = torch.empty(pattern.rows, dtype=torch.float32) if wants_bias else None
+        dy, rows = rows_of(grad, pattern.rows), rows_of(x, pattern.columns)
+        with native_linear.lock:
+            if wants_x:
+                native_linear.load(values)
+            native_linear.handle.gradients(
+                dy.data_ptr(),
+                _pitch(dy),
+                rows.data_ptr(),
+                _pitch(rows),
+                rows.shape[0],
+                0 if dx is None else dx.data_ptr(),
+                pattern.columns,
+                0 if dvalues is None else dvalues.data_ptr(),
+                0 if dbias is None else dbias.data_ptr(),
+            )
+        if dvalues is not None:
+            dvalues = native_linear.entries_to_values(dvalues, pattern.num_values)
+        return dx, dvalues, dbias, None, None

@@ -1,8 +1,10 @@
 """`sparse_linear` over the case table, on every backend that a CPU has, and as PyTorch's own tools see it."""
 
+import math
 import os
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_engine.errors import BackendError, ShapeError
 from sparse_engine.ops import Pattern, native, registry, sparse_linear
-from sparse_engine.ops.sparse_linear import explain_linear
+from sparse_engine.ops.sparse_linear import EagerLinear, explain_linear, product
 from sparse_engine.packed import PackedWeight
 from sparse_engine.structure import Block, Unstructured
 from tests.cases import LINEAR_CASES, LinearCase
@@ -20,6 +22,8 @@ from tests.helpers import assert_close_to_fp64
 
 BACKENDS = ("cpu", "torch")
 op = torch.ops.sparse_engine
+# `SparseLinear` leaves the others to the op.
+COMPUTED_CASES = [c for c in LINEAR_CASES if c.density and c.in_features and c.out_features and math.prod(c.leading)]
 
 
 def test_the_extension_is_there():
@@ -52,6 +56,39 @@ def test_output_and_gradients(case, backend, poisoned_memory):
     assert_close_to_fp64(values.grad, dvalues, name="weight gradient")
     if bias is not None:
         assert_close_to_fp64(bias.grad, dbias, name="bias gradient")
+
+
+@pytest.mark.parametrize("upstream", ["as it is", "expanded", "transposed"])
+@pytest.mark.parametrize("case", COMPUTED_CASES, ids=lambda case: case.name)
+def test_a_step_without_the_dispatcher(case, upstream, poisoned_memory):
+    """What `SparseLinear` calls: all gradients at once or each alone, whatever the incoming one's memory order."""
+    data = case.make(torch.float32)
+    if upstream == "expanded":
+        data = replace(data, upstream=data.upstream.flatten()[:1].expand(data.upstream.shape))
+    elif upstream == "transposed":
+        data = replace(data, upstream=data.upstream.T.contiguous().T if data.upstream.dim() == 2 else data.upstream)
+    pattern = data.pattern
+    native_linear = product(pattern.row_ptr, pattern.cols, pattern.rows, pattern.columns, pattern.block)
+    y, *expected = dense_gradients(data)
+    for wanted in (7, 1, 2, 4):
+        tensors = [
+            data.x.detach().clone(),
+            data.packed.values.clone(),
+            None if data.bias is None else data.bias.clone(),
+        ]
+        wants = [tensor is not None and bool(wanted >> place & 1) for place, tensor in enumerate(tensors)]
+        if not any(wants):
+            continue
+        for tensor, want in zip(tensors, wants, strict=True):
+            if tensor is not None:
+                tensor.requires_grad_(want)
+        found = EagerLinear.apply(*tensors, pattern, native_linear)
+        assert_close_to_fp64(found, y)
+        found.backward(data.upstream)
+        for tensor, want, reference in zip(tensors, wants, expected, strict=True):
+            assert tensor is None or (tensor.grad is not None) == want
+            if want:
+                assert_close_to_fp64(tensor.grad, reference)
 
 
 @pytest.mark.parametrize("case", LINEAR_CASES[:24:5], ids=lambda case: case.name)
@@ -118,7 +155,8 @@ def test_the_weight_gradient_is_never_dense(structure, monkeypatch):
 @pytest.mark.parametrize(
     "case",
     [LinearCase("tiles", 130, 257, (70,), seed=9)]
-    + [LinearCase(f"lanes, {n} rows", 900, 800, (n,), density=0.01, seed=9) for n in (64, 128, 512)],
+    + [LinearCase(f"lanes, {n} rows", 900, 800, (n,), density=0.01, seed=9) for n in (64, 128, 512)]
+    + [LinearCase("single entries", 900, 800, (1000,), density=0.0002, seed=9)],
     ids=lambda case: case.name,
 )
 @pytest.mark.parametrize("backend", BACKENDS)
