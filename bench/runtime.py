@@ -363,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "memory" in parts:
         run_memory()
     if "threads" in parts:
-        run_threads(3 if options.quick else 10)
+        run_threads(3 if options.quick else 7)
 
 
 if __name__ == "__main__":

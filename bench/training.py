@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if options.only not in name:
                 continue
             for sparsity in SPARSITIES[:1] if options.quick else SPARSITIES:
-                row = measure_step(name, sparsity, batch, 2.0 if options.quick else 8.0)
+                row = measure_step(name, sparsity, batch, 2.0 if options.quick else 6.0)
                 print(row, flush=True)
                 results_io.write(
                     "training_steps",
