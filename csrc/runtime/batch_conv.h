@@ -1,4 +1,5 @@
-// Convolutions of large batches, as training runs them: images along the lanes, forward, input gradient and weight gradient.
+// Convolutions of large batches, as training runs them: images along the lanes, forward, input gradient and weight gradient. Very sparse
+// linear layers too, some rows of x being the pixels of an image.
 #pragma once
 
 #include <cstdint>

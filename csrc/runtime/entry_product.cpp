@@ -8,7 +8,8 @@
 namespace sparse_engine {
 namespace {
 
-constexpr int64_t kBlock = 128;               // rows of x that a thread takes together
+constexpr int64_t kRows = 32;                 // rows of x that a thread takes together
+constexpr int64_t kBlock = 128;               // and of those whose products are summed
 constexpr int64_t kWorthAThread = 128 << 10;  // elements read and written
 
 }  // namespace
@@ -27,8 +28,8 @@ EntryProduct::EntryProduct(int64_t rows, int64_t cols, const std::vector<int64_t
 void EntryProduct::forward(const float* values, const float* x, int64_t ldx, int64_t n, float* y, int64_t ldy, const float* bias) const {
     const size_t count = row_.size();
     const int threads = n * (rows_ + static_cast<int64_t>(count)) < kWorthAThread ? 1 : num_threads();
-    parallel_for((n + kBlock - 1) / kBlock, threads, [&](int64_t block, int) {
-        for (int64_t i = block * kBlock; i < std::min(n, (block + 1) * kBlock); i++) {
+    parallel_for((n + kRows - 1) / kRows, threads, [&](int64_t block, int) {
+        for (int64_t i = block * kRows; i < std::min(n, (block + 1) * kRows); i++) {
             const float* from = x + i * ldx;
             float* to = y + i * ldy;
             if (bias)
@@ -47,8 +48,8 @@ void EntryProduct::forward(const float* values, const float* x, int64_t ldx, int
 void EntryProduct::input_grad(const float* values, const float* dy, int64_t lddy, int64_t n, float* dx, int64_t lddx) const {
     const size_t count = row_.size();
     const int threads = n * (cols_ + static_cast<int64_t>(count)) < kWorthAThread ? 1 : num_threads();
-    parallel_for((n + kBlock - 1) / kBlock, threads, [&](int64_t block, int) {
-        for (int64_t i = block * kBlock; i < std::min(n, (block + 1) * kBlock); i++) {
+    parallel_for((n + kRows - 1) / kRows, threads, [&](int64_t block, int) {
+        for (int64_t i = block * kRows; i < std::min(n, (block + 1) * kRows); i++) {
             const float* from = dy + i * lddy;
             float* to = dx + i * lddx;
             std::memset(to, 0, size_t(cols_) * sizeof(float));

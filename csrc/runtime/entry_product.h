@@ -14,6 +14,7 @@ class EntryProduct {
     void forward(const float* values, const float* x, int64_t ldx, int64_t n, float* y, int64_t ldy, const float* bias) const;
     void input_grad(const float* values, const float* dy, int64_t lddy, int64_t n, float* dx, int64_t lddx) const;
     void weight_grad(const float* dy, int64_t lddy, const float* x, int64_t ldx, int64_t n, float* dvalues) const;
+    int64_t nbytes() const { return static_cast<int64_t>(filled_.size() * sizeof(Row) + (row_.size() + col_.size()) * sizeof(int32_t)); }
 
   private:
     struct Row {

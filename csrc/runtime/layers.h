@@ -68,6 +68,7 @@ class LinearLayer : public SparseOperator {
     // What a step backwards needs, at once; any of dx, dvalues and dbias may be null, and x is read for dvalues only.
     void gradients(const float* dy, int64_t lddy, const float* x, int64_t ldx, int64_t n, float* dx, int64_t lddx, float* dvalues,
                    float* dbias);
+    int64_t nbytes() const { return SparseOperator::nbytes() + (entries_ ? entries_->nbytes() : 0); }
 
   private:
     using Key = std::tuple<int, int64_t, int64_t, int64_t, bool>;
@@ -75,7 +76,8 @@ class LinearLayer : public SparseOperator {
     static constexpr int64_t kTransposedPerEntry = 8;
     std::shared_ptr<Plan> plan(const Key& key);
     bool few_entries() const;
-    // Rows of x taken as images of `*width` pixels each, channels last; null where their number does not fill vectors.
+    // Rows of x taken as images of `*width` pixels each, channels last; null where they do not lie one after the other,
+    // their number does not fill vectors or there are more channels than offsets reach.
     std::shared_ptr<const BatchConv> batch(bool backward, bool fresh, int64_t ld_in, int64_t ld_out, int64_t n, int64_t* width);
     std::map<Key, std::shared_ptr<Plan>> plans_;
     std::unique_ptr<const EntryProduct> entries_;  // null where transposing pays

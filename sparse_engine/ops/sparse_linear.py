@@ -393,16 +393,18 @@ class EagerLinear(torch.autograd.Function):
         x, values = ctx.saved_tensors
         pattern, native_linear = ctx.pattern, ctx.native_linear
         wants_x, wants_values, wants_bias = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() or type(grad) is not torch.Tensor or grad.dtype is not torch.float32:
+        if torch.is_grad_enabled() or not native.is_plain_input(grad):
             op = torch.ops.sparse_engine
             rest = (pattern.row_ptr, pattern.cols, pattern.rows, pattern.columns, list(pattern.block), "auto")
             dx = op.sparse_linear_input_grad(grad, values, *rest) if wants_x else None
             dvalues = op.sparse_linear_weight_grad(grad, x, *rest) if wants_values else None
             return dx, dvalues, bias_gradient(grad) if wants_bias else None, None, None
-        dx = torch.empty(x.shape, dtype=torch.float32) if wants_x else None
-        dvalues = torch.empty(native_linear.handle.nnz, dtype=torch.float32) if wants_values else None
-        dbias = torch.empty(pattern.rows, dtype=torch.float32) if wants_bias else None
-        dy, rows = rows_of(grad, pattern.rows), rows_of(x, pattern.columns)
+        made = {"dtype": torch.float32, "device": "cpu"}
+        dx = torch.empty(x.shape, **made) if wants_x else None
+        dvalues = torch.empty(native_linear.handle.nnz, **made) if wants_values else None
+        dbias = torch.empty(pattern.rows, **made) if wants_bias else None
+        dy = rows_of(grad, pattern.rows)
+        rows = rows_of(x, pattern.columns) if wants_values else dy  # not read for the others
         with native_linear.lock:
             if wants_x:
                 native_linear.load(values)
@@ -411,7 +413,7 @@ class EagerLinear(torch.autograd.Function):
                 _pitch(dy),
                 rows.data_ptr(),
                 _pitch(rows),
-                rows.shape[0],
+                dy.shape[0],
                 0 if dx is None else dx.data_ptr(),
                 pattern.columns,
                 0 if dvalues is None else dvalues.data_ptr(),

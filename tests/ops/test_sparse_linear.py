@@ -91,6 +91,20 @@ def test_a_step_without_the_dispatcher(case, upstream, poisoned_memory):
                 assert_close_to_fp64(tensor.grad, reference)
 
 
+def test_a_step_with_a_gradient_that_is_only_marked_negative():
+    """The imaginary part of a conjugate has its sign in a bit of the tensor, not in memory."""
+    data = LinearCase("", 1, 30, (1,), seed=4).make()
+    pattern = data.pattern
+    native_linear = product(pattern.row_ptr, pattern.cols, pattern.rows, pattern.columns, pattern.block)
+    upstream = torch.randn(1, 1, dtype=torch.cfloat).conj().imag
+    assert upstream.is_neg()
+    tensors = [data.x.clone(), data.packed.values.clone(), data.bias.clone()]
+    EagerLinear.apply(*(tensor.requires_grad_() for tensor in tensors), pattern, native_linear).backward(upstream)
+    _, *expected = dense_gradients(replace(data, upstream=upstream.resolve_neg()))
+    for tensor, reference in zip(tensors, expected, strict=True):
+        assert_close_to_fp64(tensor.grad, reference)
+
+
 @pytest.mark.parametrize("case", LINEAR_CASES[:24:5], ids=lambda case: case.name)
 def test_the_reference_has_right_gradients_of_any_order(case):
     data = LinearCase(case.name, 5, 7, (2,), case.structure, seed=2).make(torch.float64)
